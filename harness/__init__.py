@@ -1,0 +1,3 @@
+"""Levelfield: reinforcement-learning algorithms for language models, compared at equal cost."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The thing being compared: small pure functions on tensors, joined by configuration."""

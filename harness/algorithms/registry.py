@@ -1,0 +1,88 @@
+"""Parts by kind and name. A part's settings are the keyword-only arguments of its function."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from harness.errors import ConfigError
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "advantage": {},
+    "ratio": {},
+    "surrogate": {},
+    "aggregation": {},
+    "correction": {},
+}
+
+
+def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
+    """Make a function available to `algorithm.<kind>.name`.
+
+    Args:
+        kind: advantage, ratio, surrogate, aggregation or correction.
+        name: what the configuration calls it.
+        traits: facts that validation reads, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
+
+    Raises:
+        ValueError: for an unknown kind or a name that is taken.
+    """
+    if kind not in PARTS:
+        raise ValueError(f"unknown kind of part '{kind}'; the kinds are {', '.join(PARTS)}")
+
+    def add(function: Part) -> Part:
+        if name in PARTS[kind]:
+            raise ValueError(f"{kind} '{name}' is already registered by {PARTS[kind][name].__module__}")
+        for trait, value in traits.items():
+            setattr(function, trait, value)
+        PARTS[kind][name] = function
+        return function
+
+    return add
+
+
+def part(kind: str, config: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function that a part's configuration names, and its settings."""
+    settings = {key: value for key, value in config.items() if key != "name"}
+    return PARTS[kind][config["name"]], settings
+
+
+def check_settings(kind: str, config: Mapping[str, Any]) -> None:
+    """Hold a part's configuration against its function.
+
+    Raises:
+        ConfigError: for an unknown part, or a setting that is misspelt, absent or of another type.
+    """
+    key = f"algorithm.{kind}"
+    name = config.get("name")
+    if name not in PARTS[kind]:
+        raise ConfigError(f"{key}.name={name}: no such part; there are {', '.join(sorted(PARTS[kind]))}")
+    function = PARTS[kind][name]
+    hints = get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    expected = {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    listing = ", ".join(expected) or "no settings"
+    for setting, value in config.items():
+        if setting == "name":
+            continue
+        if setting not in expected:
+            raise ConfigError(f"{key}.{setting}: '{name}' has no such setting; it takes {listing}")
+        if not _fits(value, expected[setting]):
+            raise ConfigError(f"{key}.{setting}={value!r}: expected {expected[setting]}")
+    for setting in expected:
+        if setting not in config:
+            raise ConfigError(f"{key}.{setting} is absent: '{name}' takes {listing}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is None or hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,109 @@
+"""What was equal in a sweep, checked on what its runs recorded, and what differed by design."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from harness.analysis.sweep import Sweep, distinct, flatten
+from harness.analysis.tables import Table
+
+_SECTIONS = ("budget", "rollout", "evaluation", "device", "threads")  # must be equal in all cells
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the fairness contract: whether it held, and the values or the differences."""
+
+    what: str
+    equal: bool
+    detail: str
+
+
+def checks(sweep: Sweep) -> list[Check]:
+    """Hold the cells that ran against the fairness contract. Skipped and planned cells have run nothing."""
+    cells = sweep.cells[~sweep.cells["status"].isin(["skipped", "planned"])]
+    result = []
+    for model, group in _by(cells, "model"):
+        result.append(_one_value(f"initial weights of {model}", group["initial_weights"]))
+        result.append(_settings(f"model settings of {model}", group, "model"))
+    result += [_settings(f"prompts: settings of task {task}", group, "task") for task, group in _by(cells, "task")]
+    result += [_seeds(sweep, setting, group) for setting, group in _by(sweep.cells, "setting")]
+    result += [_settings(f"{section} settings", cells, section) for section in _SECTIONS]
+    result += [_one_value("code that affects numbers", cells["code"]), _one_value("device model", cells["device"])]
+    result.append(_trials(sweep))
+    return result
+
+
+def algorithm_differences(sweep: Sweep) -> Table:
+    """The algorithm settings in which the variants differ, side by side."""
+    settings: dict[str, dict[str, list[Any]]] = {}
+    for variant, config in zip(sweep.cells["variant"], sweep.cells["config"], strict=True):
+        for key, value in flatten(_section(config, "algorithm")).items():
+            if key not in ("name", "source"):
+                settings.setdefault(key, {}).setdefault(variant, []).append(value)
+    ran = [variant for variant in sweep.variants if any(variant in values for values in settings.values())]
+    rows = []
+    for key, values in settings.items():
+        if any(other.startswith(f"{key}.") for other in settings):
+            continue  # null for some, a group for others: its keys tell
+        texts = {variant: " / ".join(map(_plain, distinct(values.get(variant, [])))) for variant in ran}
+        if len(set(texts.values())) > 1:
+            rows.append({"setting": key, **texts})
+    note = "Only the settings that differ. A dash: the algorithm has no such setting. What is not listed is equal."
+    return Table("algorithm_settings", "What differs between the algorithms", note, pd.DataFrame(rows))
+
+
+def _by(cells: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
+    return cells.groupby(column, sort=False)
+
+
+def _one_value(what: str, values: pd.Series) -> Check:
+    found = [str(value) for value in values.dropna().unique()]
+    if not found:
+        return Check(what, False, "not recorded")
+    return Check(what, len(found) == 1, ", ".join(found))
+
+
+def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
+    """Whether a section of config.yaml is the same in all cells."""
+    flat = [flatten(_section(config, section), f"{section}.") for config in cells["config"] if config]
+    if not flat:
+        return Check(what, False, "not recorded")
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    values = {key: distinct([settings.get(key) for settings in flat]) for key in keys}
+    differing = [f"{key}: {', '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]
+    if differing:
+        return Check(what, False, "; ".join(differing))
+    return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in keys))
+
+
+def _section(config: dict[str, Any], section: str) -> dict[str, Any]:
+    value = config.get(section)
+    return value if isinstance(value, dict) else {section: value}
+
+
+def _seeds(sweep: Sweep, setting: str, cells: pd.DataFrame) -> Check:
+    """Whether every variant has the same seeds, and so the same stream of prompts."""
+    seeds = {variant: tuple(sorted(group["seed"].dropna().astype(int))) for variant, group in _by(cells, "variant")}
+    different = set(seeds.values())
+    if len(different) == 1:
+        return Check(f"seeds on {setting}", True, ", ".join(map(str, next(iter(different)))))
+    return Check(f"seeds on {setting}", False, "; ".join(f"{name}: {own}" for name, own in seeds.items()))
+
+
+def _trials(sweep: Sweep) -> Check:
+    """Whether every algorithm was tried with as many learning rates as the others."""
+    rates = sweep.cells.dropna(subset=["learning_rate"]).groupby(["algorithm", "setting"], sort=False)["learning_rate"]
+    trials = rates.nunique().groupby(level="algorithm", sort=False).max()
+    detail = ", ".join(f"{name} {count}" for name, count in trials.items())
+    return Check("learning rates tried in this sweep", trials.nunique() == 1, detail)
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,240 @@
+"""The figures of a comparison. Each function returns a drawing, or None where the sweep has nothing to draw in it."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from harness.analysis.panels import (
+    draw_curve,
+    legend,
+    log_axis,
+    panel_legend,
+    panels,
+    runs_note,
+)
+from harness.analysis.phases import budget_by_phase
+from harness.analysis.statistics import Curve, curve, curve_at_points, mean_over_steps
+from harness.analysis.style import Drawing, Unit, looks, unit
+from harness.analysis.sweep import Sweep
+
+CLIP_FRACTION = "clip_fraction/token"
+EXPERT_CHANGE, USED_EXPERT_CHANGE = "moe/expert_change_fraction", "moe/used_expert_change_fraction"
+_DYNAMICS = {"entropy": "Entropy (nats)", "grad_norm": "Gradient norm", "ratio/max": "Largest importance ratio"}
+
+
+def all_figures(sweep: Sweep) -> list[Drawing]:
+    """Every figure that the sweep has data for, in the order of the report. Call inside `figure_style()`."""
+    functions: list[Callable[[Sweep], Drawing | None]] = [
+        training_reward, downstream_accuracy, clip_fraction, expert_change, budget_by_phase, training_dynamics,
+    ]  # fmt: skip
+    return [drawing for function in functions if (drawing := function(sweep)) is not None]
+
+
+def training_reward(sweep: Sweep) -> Drawing | None:
+    """Reward of the rollout batches against budget, one panel per model."""
+    curves = _curves(sweep, "reward/mean")
+    if not curves:
+        return None
+    settings, budget = _settings(curves), _budget(sweep)
+    figure, axes = panels(len(settings), [2.6])
+    for column, setting in enumerate(settings):
+        _draw(sweep, axes[0, column], curves, setting, budget)
+        axes[0, column].set(title=setting, xlabel=budget.label)
+    axes[0, 0].set_ylabel("Training reward")
+    legend(figure, looks(sweep), _variants(sweep, curves))
+    caption = f"Mean reward of each rollout batch, at what was spent after it, {_until(sweep, budget)}, unsmoothed."
+    return Drawing("training_reward", "Training reward", f"{caption} {runs_note(sweep, curves)}", figure)
+
+
+def downstream_accuracy(sweep: Sweep) -> Drawing | None:
+    """Accuracy of the lm-eval tasks against budget, panels task x model."""
+    rows, budget = sweep.evaluations, _budget(sweep)
+    if rows.empty:
+        return None
+    spent = f"budget/{sweep.axis}"
+    tasks = list(dict.fromkeys(rows["eval_task"]))
+    by_task = {
+        task: {
+            (variant, setting): curve_at_points(group, spent, "score", "fraction")
+            for variant, setting, group in sweep.groups(rows[rows["eval_task"] == task])
+        }
+        for task in tasks
+    }
+    settings = [setting for setting in sweep.settings if setting in set(rows["setting"])]
+    figure, axes = panels(len(settings), [2.2] * len(tasks))
+    for row, task in enumerate(tasks):
+        axes[row, 0].set_ylabel(f"{task}\naccuracy")
+        for column, setting in enumerate(settings):
+            here = rows[(rows["eval_task"] == task) & (rows["setting"] == setting) & (rows["fraction"] == 0)]
+            axes[row, column].axhline(here["score"].mean(), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)))
+            _draw(sweep, axes[row, column], by_task[task], setting, budget, marker="o")
+    for column, setting in enumerate(settings):
+        axes[0, column].set_title(setting)
+        axes[-1, column].set_xlabel(budget.label)
+    first = by_task[tasks[0]]
+    figure.align_ylabels()
+    legend(figure, looks(sweep), _variants(sweep, first))
+    noise = (
+        f"One score is over {rows['n'].median():.0f} problems, the same for all, and has a standard error of about "
+        f"{rows['stderr'].mean():.3f}, which the interval over seeds does not include."
+    )
+    caption = (
+        f"Accuracy of the policy in lm-eval tasks at fractions of the budget, the last within the limit of "
+        f"{budget.text(sweep.limit)}. Dashed grey: the cold start that all share. {runs_note(sweep, first)} {noise}"
+    )
+    return Drawing("downstream_accuracy", "Downstream accuracy", caption, figure)
+
+
+def clip_fraction(sweep: Sweep) -> Drawing | None:
+    """Clipped tokens over training on a log axis, with each variant's mean."""
+    curves = {
+        (variant, setting): curve_at_points(rows, f"budget/{sweep.axis}", CLIP_FRACTION, "step")
+        for setting in sweep.settings
+        for variant, rows in _rows(sweep, CLIP_FRACTION, setting).items()
+    }
+    if not curves:
+        return None
+    settings, budget = _settings(curves), _budget(sweep)
+    figure, axes = panels(len(settings), [2.5 + 0.18 * len(_variants(sweep, curves))])
+    zeros = []
+    for column, setting in enumerate(settings):
+        _draw(sweep, axes[0, column], curves, setting, budget, log=True, marker=".")
+        axes[0, column].set(title=setting, xlabel=budget.label)
+        labels = {}
+        for variant, rows in _rows(sweep, CLIP_FRACTION, setting).items():
+            mean = mean_over_steps(sweep.finished(rows), CLIP_FRACTION).mean()
+            labels[variant] = variant if np.isnan(mean) else f"{variant}, mean {mean:.2g}"
+            if (rows[CLIP_FRACTION] == 0).any():
+                zeros.append(f"{(rows[CLIP_FRACTION] == 0).sum()} of {len(rows)} of {variant} on {setting}")
+        panel_legend(axes[0, column], looks(sweep), labels)
+    log_axis(axes[0, 0], list(curves.values()))
+    axes[0, 0].set_ylabel("Clipped tokens (fraction)")
+    said = f"Steps at exactly 0, in every mean, though a log axis cannot show them: {'; '.join(zeros)}." if zeros else (
+        "No step is at 0."
+    )  # fmt: skip
+    caption = (
+        f"Fraction of tokens whose gradient the surrogate's clipping removes, over all optimizer steps of a rollout "
+        f"batch, {_until(sweep, budget)}. In the legend: mean over steps, then over finished runs. {said} "
+        f"{runs_note(sweep, curves)}"
+    )
+    return Drawing("clip_fraction", "Clip fraction", caption, figure)
+
+
+def expert_change(sweep: Sweep) -> Drawing | None:
+    """How far an update moves the experts' choices, and beside it the reward, on mixture-of-experts models."""
+    native = _curves(sweep, EXPERT_CHANGE)
+    if not native:
+        return None
+    settings, budget, look = _settings(native), _budget(sweep), looks(sweep)
+    used, reward = _curves(sweep, USED_EXPERT_CHANGE), _curves(sweep, "reward/mean")
+    figure, axes = panels(2, [2.6] * len(settings), sharey="none")
+    fixed = []
+    for row, setting in enumerate(settings):
+        left, right = axes[row]
+        _draw(sweep, left, native, setting, budget)
+        for variant, rows in _rows(sweep, USED_EXPERT_CHANGE, setting).items():
+            if np.allclose(rows[USED_EXPERT_CHANGE].fillna(0), rows[EXPERT_CHANGE].fillna(0)):
+                continue  # what was used is what was chosen
+            draw_curve(left, used[variant, setting], look[variant], budget)
+            mean = mean_over_steps(sweep.finished(rows), USED_EXPERT_CHANGE).mean()
+            fixed.append(f"{variant} on {setting}, mean {mean:.2g}")
+            left.annotate(
+                f"{variant}: used in the update", xy=(0.98, rows[USED_EXPERT_CHANGE].mean()),
+                xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
+                ha="right", fontsize=7, color=look[variant].color,
+            )  # fmt: skip
+        _draw(sweep, right, reward, setting, budget)
+        left.set(title=f"{setting}: experts", ylabel="Changed choices (fraction)")
+        left.set_ylim(bottom=-0.04 * left.get_ylim()[1])
+        right.set(title=f"{setting}: reward", ylabel="Training reward")
+    for column in range(2):
+        axes[-1, column].set_xlabel(budget.label)
+    legend(figure, look, _variants(sweep, native))
+    replay = f" What the update used instead is drawn too, for {'; '.join(fixed)}." if fixed else ""
+    caption = (
+        f"Left: of the experts that the updated policy chooses for a token and layer, the fraction that the rollout's "
+        f"policy did not choose.{replay} Right: training reward of the same runs. Both {_until(sweep, budget)}. "
+        f"{runs_note(sweep, native)}"
+    )
+    return Drawing("expert_change", "Expert change per update, and reward", caption, figure)
+
+
+def training_dynamics(sweep: Sweep) -> Drawing | None:
+    """Entropy, gradient norm and largest importance ratio."""
+    by_metric = {metric: found for metric in _DYNAMICS if (found := _curves(sweep, metric))}
+    if not by_metric:
+        return None
+    first = next(iter(by_metric.values()))
+    settings, budget = _settings(first), _budget(sweep)
+    figure, axes = panels(len(settings), [2.1] * len(by_metric))
+    for row, (metric, curves) in enumerate(by_metric.items()):
+        log = metric != "entropy"
+        axes[row, 0].set_ylabel(_DYNAMICS[metric])
+        for column, setting in enumerate(settings):
+            _draw(sweep, axes[row, column], curves, setting, budget, log=log)
+        if log:
+            log_axis(axes[row, 0], list(curves.values()))
+            _plain_ticks(axes[row, 0].yaxis)
+    for column, setting in enumerate(settings):
+        axes[0, column].set_title(setting)
+        axes[-1, column].set_xlabel(budget.label)
+    figure.align_ylabels()
+    legend(figure, looks(sweep), _variants(sweep, first))
+    caption = (
+        f"Mean token entropy, norm of the policy's gradient before it is scaled down (log axis) and largest importance "
+        f"ratio at the level at which each algorithm takes it (log axis), {_until(sweep, budget)}. "
+        f"{runs_note(sweep, first)}"
+    )
+    return Drawing("training_dynamics", "Training dynamics", caption, figure)
+
+
+def _rows(sweep: Sweep, metric: str, setting: str) -> dict[str, pd.DataFrame]:
+    """The steps at which a metric was measured, by variant."""
+    if metric not in sweep.runs:
+        return {}
+    measured = sweep.runs[sweep.runs[metric].notna() & (sweep.runs["setting"] == setting)]
+    return {variant: rows for variant, _, rows in sweep.groups(measured)}
+
+
+def _curves(sweep: Sweep, metric: str) -> dict[tuple[str, str], Curve]:
+    return {
+        (variant, setting): curve(rows, f"budget/{sweep.axis}", metric)
+        for setting in sweep.settings
+        for variant, rows in _rows(sweep, metric, setting).items()
+    }
+
+
+def _draw(
+    sweep: Sweep, axes, curves: Mapping[tuple[str, str], Curve], setting: str, budget: Unit, *, log=False, marker=""
+) -> None:
+    look = looks(sweep)
+    for (variant, where), line in curves.items():
+        if where == setting:
+            draw_curve(axes, line, look[variant], budget, log=log, marker=marker)
+    axes.set_xlim(left=0)
+
+
+def _settings(curves: Mapping[tuple[str, str], Curve]) -> list[str]:
+    return list(dict.fromkeys(setting for _, setting in curves))
+
+
+def _variants(sweep: Sweep, curves: Mapping[tuple[str, str], Curve]) -> list[str]:
+    drawn = {variant for variant, _ in curves}
+    return [variant for variant in sweep.variants if variant in drawn]
+
+
+def _budget(sweep: Sweep) -> Unit:
+    return unit(sweep.axis, sweep.limit)
+
+
+def _until(sweep: Sweep, budget: Unit) -> str:
+    return f"up to the limit of {budget.text(sweep.limit)} a run"
+
+
+def _plain_ticks(axis) -> None:
+    """1, 2, 5, 10 rather than powers: these values stay within a decade or two."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,136 @@
+"""Curves in panels, and the words that a caption owes the reader about them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from harness.analysis.statistics import MIN_RUNS_FOR_INTERVAL, RESAMPLES, Curve
+from harness.analysis.style import Look, Unit
+from harness.analysis.sweep import Sweep
+
+Curves = Mapping[tuple[str, str], Curve]  # by (variant, setting)
+
+
+def panels(
+    columns: int, heights: Sequence[float], *, sharey: Literal["row", "none"] = "row", width: float = 3.7
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of panels: (figure, axes `[rows, columns]`). Sizes are inches of one panel."""
+    figure = Figure(figsize=(max(width * columns, 5.6), sum(heights) + 0.35), layout="constrained")
+    grid = {"height_ratios": list(heights)}
+    axes = figure.subplots(len(heights), columns, squeeze=False, sharey=sharey, sharex="col", gridspec_kw=grid)
+    return figure, axes
+
+
+def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = False, marker: str = "") -> None:
+    """The mean with its interval, or single runs where there are too few; unfinished runs end in a cross."""
+    dashes = {"dashes": look.dashes} if look.dashes else {}
+    style: dict[str, Any] = {"color": look.color, "marker": marker, "markersize": 3.5, **dashes}
+    if len(curve.x):
+        axes.plot(curve.x / unit.scale, _positive(curve.mean, log), **style)
+        low = np.maximum(curve.low, np.finfo(float).tiny) if log else curve.low
+        axes.fill_between(curve.x / unit.scale, low, curve.high, color=look.color, alpha=0.16, linewidth=0)
+    else:
+        for x, y in curve.finished:
+            axes.plot(x / unit.scale, _positive(y, log), **{**style, "linewidth": 1.0, "alpha": 0.9})
+    for x, y in curve.unfinished:
+        y = _positive(y, log)
+        axes.plot(x / unit.scale, y, **{**style, "linewidth": 0.8, "alpha": 0.75})
+        axes.plot(x[-1:] / unit.scale, y[-1:], color=look.color, marker="x", markersize=6, linestyle="none")
+
+
+def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
+    """A log axis that starts a decade below the smallest drawn value at most: a band that reaches 0 leaves it below."""
+    axes.set_yscale("log")
+    drawn = [value for curve in curves for value in _drawn(curve)]
+    if drawn:
+        axes.set_ylim(bottom=0.9 * 10.0 ** np.floor(np.log10(min(drawn)) + 1e-9), top=max(drawn) * 1.6)
+
+
+def legend(figure: Figure, looks: Mapping[str, Look], variants: Sequence[str]) -> None:
+    """One legend above all panels, in the sweep's order."""
+    handles = [_handle(looks[variant], variant) for variant in variants]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (8 + max(map(len, variants), default=1)))))
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))  # panels keep their size
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.8)
+
+
+def panel_legend(axes: Axes, looks: Mapping[str, Look], labels: Mapping[str, str]) -> None:
+    """A legend below a panel, which gives a label to each variant."""
+    handles = [_handle(looks[variant], label) for variant, label in labels.items()]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.19), handlelength=2.6)
+
+
+def runs_note(sweep: Sweep, curves: Curves) -> str:
+    """Statistic, interval and n of the curves drawn, and what was not drawn and why."""
+    means = [curve for curve in curves.values() if len(curve.x)]
+    few = [curve for curve in curves.values() if 0 < curve.n < MIN_RUNS_FOR_INTERVAL]
+    unfinished = sum(len(curve.unfinished) for curve in curves.values())
+    parts: list[str] = []
+    if means:
+        parts.append(
+            f"Lines: mean over the seeds of finished runs; bands: 95 % bootstrap interval of that mean over seeds "
+            f"({RESAMPLES:,} resamples)."
+        )
+    parts.append(_counts(curves))
+    if any(curve.n == MIN_RUNS_FOR_INTERVAL for curve in means):
+        parts.append(f"With {_n(3)} the interval is no more than the range of the three runs.")
+    if few:
+        parts.append("With fewer than 3 runs each is drawn by itself, without interval.")
+    if unfinished:
+        runs = "1 run that did not finish is a thin line ending" if unfinished == 1 else (
+            f"{unfinished} runs that did not finish are thin lines ending"
+        )  # fmt: skip
+        parts.append(f"{runs} in ×, in no mean.")
+    absent = _absent(sweep, curves)
+    if absent:
+        parts.append(f"Without a line: {absent}.")
+    return " ".join(parts)
+
+
+def _counts(curves: Curves) -> str:
+    by_n: dict[int, list[str]] = {}
+    for (variant, setting), curve in curves.items():
+        by_n.setdefault(curve.n, []).append(f"{variant} on {setting}")
+    if len(by_n) == 1:
+        return f"{_n(next(iter(by_n)))} for every line."
+    usual = max(by_n, key=lambda n: len(by_n[n]))
+    others = "; ".join(f"{_n(n)} for {', '.join(names)}" for n, names in sorted(by_n.items()) if n != usual)
+    return f"{_n(usual)} for every line, but {others}."
+
+
+def _n(n: int) -> str:
+    return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n}"
+
+
+def _absent(sweep: Sweep, curves: Curves) -> str:
+    """Cells that left nothing to draw, by status."""
+    settings = {setting for _, setting in curves}
+    bare = sweep.cells[~sweep.cells["run"].isin(sweep.runs["run"]) & sweep.cells["setting"].isin(settings)]
+    names = []
+    for variant, setting, cells in sweep.groups(bare):
+        counts = ", ".join(f"{count} {status}" for status, count in cells["status"].value_counts(sort=False).items())
+        names.append(f"{variant} on {setting} ({counts})")
+    return "; ".join(names)
+
+
+def _handle(look: Look, label: str) -> Line2D:
+    line = Line2D([], [], color=look.color, label=label)
+    if look.dashes:
+        line.set_dashes(look.dashes)
+    return line
+
+
+def _positive(values: np.ndarray, log: bool) -> np.ndarray:
+    """On a log axis a zero is a gap, not a plunge."""
+    return np.where(values > 0, values, np.nan) if log else values
+
+
+def _drawn(curve: Curve) -> list[float]:
+    lines = [curve.mean] if len(curve.x) else [y for _, y in curve.finished]
+    lines = [*lines, *(y for _, y in curve.unfinished)]
+    return [float(value) for line in lines for value in line if value > 0]

@@ -1,0 +1,136 @@
+"""How figures look: one colour and line style per variant everywhere, readable units, files that do not vary."""
+
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import seaborn
+from matplotlib.figure import Figure
+
+from harness.analysis.sweep import Sweep
+
+_DASHES: Sequence[tuple[float, ...]] = ((), (5, 1.6), (1.4, 1.2), (6, 1.5, 1.4, 1.5), (3, 1), (8, 2, 1, 2, 1, 2))
+_PALETTE = (0, 3, 2, 4, 1, 9, 5, 6, 7, 8)  # seaborn's colour-blind palette, neighbours as unlike as can be
+_CAPTION_SIZE = 7.5
+_AXES = {"device_seconds": "Device time", "flops": "Compute", "tokens": "Sampled tokens", "queries": "Prompts"}
+_SCALES = {
+    "flops": ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")),
+    "device_seconds": ((3600.0, "h"), (1.0, "s")),
+}
+_COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1.0, ""))
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of one variant."""
+
+    color: tuple[float, float, float]
+    dashes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Of a budget axis: values are divided by `scale`."""
+
+    scale: float
+    symbol: str
+    label: str
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value / self.scale:.3g} {self.symbol}".strip()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished figure: its name is its file name, its caption says n, the statistic and the interval."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Everything that draws or saves a figure happens inside."""
+    settings = {
+        **seaborn.axes_style("whitegrid"),
+        **seaborn.plotting_context("paper"),
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#555555",
+        "axes.titleweight": "bold",
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "grid.color": "#e6e6e6",
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.6,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "levelfield",
+        "savefig.dpi": 160,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def looks(sweep: Sweep) -> dict[str, Look]:
+    """A look for every variant: the colour tells the algorithm, the line style helps where colours do not print."""
+    algorithm_of = dict(zip(sweep.cells["variant"], sweep.cells["algorithm"], strict=True))
+    algorithms = list(dict.fromkeys(algorithm_of[variant] for variant in sweep.variants))
+    colorblind = seaborn.color_palette("colorblind", 10)
+    palette = [colorblind[index] for index in _PALETTE]
+    searched = len(sweep.variants) > len(algorithms)
+    seen: dict[str, int] = {}
+    result = {}
+    for variant in sweep.variants:
+        algorithm = algorithm_of[variant]
+        index = algorithms.index(algorithm)
+        place = seen.get(algorithm, 0) if searched else index
+        seen[algorithm] = seen.get(algorithm, 0) + 1
+        result[variant] = Look(palette[index % len(palette)], _DASHES[place % len(_DASHES)])
+    return result
+
+
+def unit(axis: str, size: float) -> Unit:
+    """The unit in which values up to `size` on a budget axis are easy to read."""
+    scales = _SCALES.get(axis, _COUNTS)
+    scale, symbol = next((entry for entry in scales if math.isfinite(size) and size >= entry[0]), scales[-1])
+    name = _AXES.get(axis, axis.replace("_", " ").capitalize())
+    return Unit(scale, symbol, f"{name} ({symbol})" if symbol else name)
+
+
+def save(drawing: Drawing, folder: Path) -> bytes:
+    """Write NAME.png and NAME.svg with the caption drawn below; return the SVG without it, for a page that sets it."""
+    figure = drawing.figure
+    bare = io.BytesIO()
+    figure.savefig(bare, format="svg", metadata={"Date": None})
+    _draw_caption(figure, drawing.caption)
+    figure.savefig(folder / f"{drawing.name}.svg", format="svg", metadata={"Date": None})
+    figure.savefig(folder / f"{drawing.name}.png", format="png")
+    return bare.getvalue()
+
+
+def _draw_caption(figure: Figure, caption: str) -> None:
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(caption, width=int(width * 17.5))
+    below = (len(lines) * _CAPTION_SIZE * 1.35 + 10) / 72
+    total = height + below
+    figure.set_size_inches(width, total)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(rect=(0, below / total, 1, 1 - below / total))  # type: ignore[call-arg]
+    figure.text(
+        0.1 / width, (below - 4 / 72) / total, "\n".join(lines),
+        va="top", ha="left", fontsize=_CAPTION_SIZE, color="#333333", linespacing=1.25,
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""A sweep as the analysis sees it: its cells, curves and scores, and what distinguishes its lines and panels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.runs import load_cells, load_evaluations, load_runs, load_samples
+from harness.runs.reading import PathLike
+
+# Where a run writes, never what it computes; and what a mean is taken over.
+_NOT_SETTINGS = ("sweep", "results", "logger", "checkpoint_every", "seed")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is drawn and tabulated.
+
+    Attributes:
+        axis, limit: the budget that is equal for all cells.
+        cells, runs, evaluations, samples: the frames of :mod:`harness.runs`, with two columns more: `variant`, the
+            algorithm, and whatever else its cells of one model differ in, e.g. a learning rate that is searched; and
+            `setting`, the model, and the task where there are several. Means are over the seeds of a variant in a
+            setting. `runs` ends at the budget's limit and holds no rows of cells without metrics.
+        variants, settings: their values in the order of the sweep's plan.
+    """
+
+    path: Path
+    name: str
+    axis: str
+    limit: float
+    cells: pd.DataFrame
+    runs: pd.DataFrame
+    evaluations: pd.DataFrame
+    samples: pd.DataFrame
+    variants: list[str]
+    settings: list[str]
+
+    def finished(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of runs that reached their limit: the ones that means are taken over."""
+        return frame[frame["status"] == "done"]
+
+    def groups(self, frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+        """(variant, setting, rows) for every pair that has rows, one setting after the other."""
+        for setting in self.settings:
+            for variant in self.variants:
+                rows = frame[(frame["variant"] == variant) & (frame["setting"] == setting)]
+                if len(rows):
+                    yield variant, setting, rows
+
+
+def read_sweep(path: PathLike) -> Sweep:
+    """Read a sweep folder, compact or not.
+
+    Raises:
+        NoRuns: where there are no runs.
+    """
+    cells = load_cells(path)
+    several = cells["task"].nunique() > 1
+    cells["setting"] = cells["model"] + (" on " + cells["task"] if several else "")
+    cells["variant"] = _variants(cells)
+    columns = cells[["run", "variant", "setting"]]
+    axes, limits = cells["budget_axis"].dropna(), cells["budget_limit"].dropna()
+    axis = str(axes.iloc[0]) if len(axes) else "flops"
+    return Sweep(
+        path=Path(path),
+        name=str(cells["sweep"].iloc[0]),
+        axis=axis,
+        limit=float(limits.iloc[0]) if len(limits) else float("nan"),
+        cells=cells,
+        runs=cut_at_limit(load_runs(path), axis).merge(columns, on="run", how="left"),
+        evaluations=load_evaluations(path).merge(columns, on="run", how="left"),
+        samples=load_samples(path).merge(columns, on="run", how="left"),
+        variants=list(dict.fromkeys(cells["variant"])),
+        settings=list(dict.fromkeys(cells["setting"])),
+    )
+
+
+def cut_at_limit(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """The steps whose cumulative cost on the axis is within the budget; the step that overshoots is not compared."""
+    spent = f"budget/{axis}"
+    if spent not in runs:
+        return runs.iloc[:0].assign(**{spent: pd.Series(dtype=float)})
+    return runs[runs[spent] <= runs["budget_limit"]]
+
+
+def columns_of(frame: pd.DataFrame, prefix: str) -> dict[str, str]:
+    """The columns that start with a prefix such as `score/`, each with the rest of its name."""
+    return {name: name.removeprefix(prefix) for name in map(str, frame) if name.startswith(prefix)}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    """The different values, in order; works for lists and dicts too."""
+    return list({repr(value): value for value in values}.values())
+
+
+def _variants(cells: pd.DataFrame) -> pd.Series:
+    """The algorithm's name, with the settings in which its runs of one model and task differ besides the seed."""
+    names = dict(zip(cells["run"], cells["algorithm"].astype("str"), strict=True))
+    for _, group in cells.groupby(["algorithm", "model", "task"], sort=False):
+        flat = {
+            run: flatten({key: value for key, value in config.items() if key not in _NOT_SETTINGS})
+            for run, config in zip(group["run"], group["config"], strict=True)
+            if config
+        }
+        keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+        differing = [key for key in keys if len(distinct([settings.get(key) for settings in flat.values()])) > 1]
+        for run, settings in flat.items():
+            suffix = ", ".join(f"{key.rpartition('.')[2]}={settings.get(key)}" for key in differing)
+            names[run] = f"{names[run]} {suffix}".strip()
+    return cells["run"].map(names)

@@ -1,0 +1,112 @@
+"""What a rollout batch is judged by before the update: old and reference log-probabilities, values, advantages."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from harness.algorithms.advantages import place_rewards
+from harness.algorithms.divergence import kl_divergence
+from harness.algorithms.registry import part
+from harness.budget import Meter
+from harness.config import RunConfig
+from harness.policy.critic import Critic
+from harness.policy.flops import ForwardCost
+from harness.policy.logprobs import completion_logprobs
+from harness.policy.routing import Routing
+from harness.rollout.batch import Batch
+from harness.update import Targets
+
+
+class Judge:
+    """Runs the forward passes that an algorithm asks for, and charges them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        meter: Meter,
+        policy: PreTrainedModel,
+        policy_cost: ForwardCost,
+        reference: PreTrainedModel | None,
+        critic: Critic | None,
+        critic_cost: ForwardCost | None,
+    ) -> None:
+        self.config, self.meter = config, meter
+        self.policy, self.reference, self.critic = policy, reference, critic
+        self.policy_cost, self.critic_cost = policy_cost, critic_cost
+
+    @torch.no_grad()
+    def judge(self, batch: Batch, rewards: Tensor) -> Targets:
+        """The constants of the update.
+
+        Args:
+            batch: the rollout batch.
+            rewards: [B], one a completion.
+        """
+        old_logprobs, routes = self._old_logprobs(batch)
+        ref_logprobs = self._reference(batch)
+        old_values = self._values(batch)
+        token_rewards = place_rewards(rewards, batch.mask)
+        kl = self.config.algorithm.kl
+        if ref_logprobs is not None and kl.placement == "reward":
+            token_rewards -= kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
+        function, settings = part("advantage", self.config.algorithm.advantage)
+        advantages, returns = function(token_rewards, batch.group_ids, batch.mask, old_values, **settings)
+        return Targets(old_logprobs, advantages, ref_logprobs, old_values, returns, routes)
+
+    def _old_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """[B, T], and on MoE models the expert choices [B, L, routers, k] of the same pass (R2)."""
+        routing = Routing(self.policy)
+        moe = bool(routing.routers)
+        routes: list[Tensor] = []
+
+        def forward(micro: Batch) -> Tensor:
+            logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
+            if moe:
+                routes.append(routing.choices(len(micro.mask)))
+            return logprobs
+
+        with self.meter.phase("old_logprobs"), routing.watch():
+            logprobs = self._in_micro_batches(forward, batch)
+            recorded = self._assemble_routes(batch, routes) if moe else None
+        self.meter.charge_flops("old_logprobs", self.policy_cost.batch(batch))
+        return logprobs, recorded
+
+    def _reference(self, batch: Batch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        reference, temperature = self.reference, self.config.rollout.temperature
+        with self.meter.phase("reference"):
+            logprobs = self._in_micro_batches(lambda micro: completion_logprobs(reference, micro, temperature)[0], batch)
+        self.meter.charge_flops("reference", self.policy_cost.batch(batch))
+        return logprobs
+
+    def _values(self, batch: Batch) -> Tensor | None:
+        if self.critic is None or self.critic_cost is None:
+            return None
+        with self.meter.phase("critic"):
+            values = self._in_micro_batches(self.critic, batch)
+        self.meter.charge_flops("critic", self.critic_cost.batch(batch))
+        return values
+
+    def _in_micro_batches(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """[B, T] from a forward pass over micro-batches of sequences of like length."""
+        result = torch.zeros_like(batch.mask)
+        for rows in self._micro_rows(batch):
+            micro = batch.select(rows)
+            result[rows, : micro.mask.shape[1]] = forward(micro)
+        return result
+
+    def _micro_rows(self, batch: Batch) -> tuple[Tensor, ...]:
+        return batch.lengths.argsort(stable=True).split(self.config.model.micro_batch_sequences)
+
+    def _assemble_routes(self, batch: Batch, routes: list[Tensor]) -> Tensor:
+        """The micro-batches' choices in the batch's order; padding gets the first experts, whatever follows a sequence
+        cannot reach it."""
+        *_, layers, k = routes[0].shape
+        first = torch.arange(k, dtype=routes[0].dtype, device=self.policy.device)
+        result = first.expand(*batch.input_ids.shape, layers, k).clone()
+        for rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
+            result[rows, : part_routes.shape[1]] = part_routes
+        return result

@@ -1,0 +1,1 @@
+"""The network being trained: loading, cold start, log-probabilities, critic, routing. It knows no algorithm."""

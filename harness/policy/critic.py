@@ -1,0 +1,29 @@
+"""PPO's value model: a copy of the policy's network with a scalar head, as large as the policy."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.policy.loading import decoder
+from harness.policy.logprobs import completion_states
+from harness.rollout.batch import Batch
+
+
+class Critic(nn.Module):
+    """Estimates the return before each completion token is chosen."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        """Starts from the policy's weights, with a head that says 0 everywhere."""
+        super().__init__()
+        self.network = copy.deepcopy(decoder(policy))
+        # In float32 whatever the policy computes in: returns are regressed, not ranked.
+        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Values [B, T], 0 where masked."""
+        values = self.head(completion_states(self.network, batch).float()).squeeze(-1)
+        return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), values)

@@ -1,0 +1,101 @@
+"""Floating-point operations counted from the architecture, as model FLOPs: padding costs none.
+
+A multiply and an add are two operations. Every weight matrix costs two operations a token and entry, an expert's as often
+as the router chooses it; attention costs the full square of a sequence's length, as it does in the usual counts (a
+triangular kernel would save up to half). The backward pass costs twice the forward.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from harness.policy.critic import Critic
+from harness.policy.loading import decoder
+from harness.rollout.batch import Batch
+
+BACKWARD = 2
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What a forward pass of a network costs."""
+
+    linear: float  # operations a token, in weight matrices
+    attention: float  # operations a pair of query and key
+    head: float  # operations an output position
+
+    def full(self, lengths: Tensor, outputs: Tensor | int) -> float:
+        """Whole sequences at once: ``lengths`` [B] tokens each, and how many positions need the head."""
+        length = lengths.double()
+        return float(self.linear * length.sum() + self.attention * (length**2).sum() + self.head * outputs)
+
+    def batch(self, batch: Batch) -> float:
+        """One forward pass over a rollout batch, the head at completion positions alone."""
+        return self.full(batch.lengths, batch.mask.sum())
+
+    def sampling(self, prompt_lengths: Tensor, completion_lengths: Tensor, group_size: int) -> float:
+        """Rollout with a key-value cache: each prompt once, then one token at a time.
+
+        Args:
+            prompt_lengths: [B], one a completion; equal within a group.
+            completion_lengths: [B]; the last sampled token of each is not fed back.
+            group_size: completions that share a prompt's reading.
+        """
+        prompts = prompt_lengths[::group_size]
+        fed = completion_lengths.double() - 1
+        contexts = fed * prompt_lengths + fed * (fed + 1) / 2
+        decode = (self.linear + self.head) * fed.sum() + self.attention * contexts.sum()
+        return self.full(prompts, len(prompts)) + float(decode)
+
+
+def forward_cost(network: nn.Module, head: nn.Module, config: PretrainedConfig) -> ForwardCost:
+    """The cost of a decoder and its head.
+
+    Args:
+        network: the decoder, without the head.
+        head: a linear layer applied at output positions.
+        config: the transformers configuration of the model.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    weights = sum(active for _, active in _matrices(network, text))
+    return ForwardCost(
+        linear=2 * weights,
+        attention=4 * text.num_hidden_layers * heads * head_dim,
+        head=2 * head.weight.numel(),
+    )
+
+
+def policy_cost(model: PreTrainedModel) -> ForwardCost:
+    """The cost of a policy's forward pass."""
+    return forward_cost(decoder(model), model.lm_head, model.config)
+
+
+def critic_cost(critic: Critic, config: PretrainedConfig) -> ForwardCost:
+    """The cost of a critic's forward pass."""
+    return forward_cost(critic.network, critic.head, config)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that take part in one token's forward pass: experts count as often as they are chosen."""
+    idle = sum(full - active for full, active in _matrices(decoder(model), model.config.get_text_config()))
+    return round(sum(parameter.numel() for parameter in model.parameters()) - idle)
+
+
+def _matrices(network: nn.Module, config: PretrainedConfig) -> list[tuple[int, float]]:
+    """Entries of each weight matrix, and how many of them one token uses."""
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    found: list[tuple[int, float]] = []
+    for module in network.modules():
+        own = dict(module.named_parameters(recurse=False))
+        experts = [parameter for parameter in own.values() if parameter.ndim == 3]
+        if experts:
+            # Expert weights are stacked as [experts, out, in]; 2-D ones beside them are their biases.
+            share = config.num_experts_per_tok / experts[0].shape[0]
+            found += [(parameter.numel(), parameter.numel() * share) for parameter in experts]
+            continue
+        matrices = [p for p in own.values() if p.ndim == 2 and id(p) not in embeddings]
+        found += [(parameter.numel(), parameter.numel()) for parameter in matrices]
+    return found

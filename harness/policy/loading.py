@@ -1,0 +1,79 @@
+"""Models and tokenizers: embedded ones with their cold start, or any Hugging Face causal language model."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from harness.config import ModelConfig
+from harness.errors import ConfigError
+
+
+def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy in float32 (the master weights) and its tokenizer, the same for every algorithm.
+
+    Raises:
+        ConfigError: if the path holds no causal language model, or a tokenizer without an end-of-sequence token.
+    """
+    if config.architecture is not None:
+        from harness.policy import cold_start
+
+        path = str(cold_start.cold_start_dir(config))
+    else:
+        assert config.path is not None
+        path = config.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: {str(error).splitlines()[0]}") from error
+    if config.architecture is not None:
+        cold_start.check_weights(model, Path(path))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path={path}: its tokenizer has no end-of-sequence token, so no completion could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if config.experts_implementation:
+        model.set_experts_implementation(config.experts_implementation)
+    # Dropout would make the old policy's log-probabilities a different draw from the new one's.
+    return model.to(device).eval(), tokenizer
+
+
+def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """An embedded model with fresh weights, drawn from ``seed`` without touching the global random state."""
+    fields = {key: value for key, value in architecture.items() if key != "model_type"}
+    config = AutoConfig.for_model(
+        architecture["model_type"],
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        **fields,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The network below the language-model head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 arithmetic on a GPU, float32 on a CPU; weights and log-probabilities are float32 on both."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

@@ -1,0 +1,63 @@
+"""A rollout batch as tensors."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B completions with their prompts.
+
+    A row of ``input_ids`` is its prompt, its completion without the last token (whose successor nobody asks for), then
+    padding: contiguous rows need no attention mask, since nothing attends to what follows it.
+    """
+
+    input_ids: Tensor  # [B, L] int
+    prompt_lengths: Tensor  # [B] int
+    completions: Tensor  # [B, T] int, padded on the right
+    mask: Tensor  # [B, T] float, 1 at sampled tokens, the end-of-sequence token included
+    group_ids: Tensor  # [B] int, equal for the completions of one prompt
+    rollout_logprobs: Tensor  # [B, T] float, as the engine computed them at sampling
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of each row that the network sees."""
+        return self.prompt_lengths + self.completion_lengths - 1
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """[B] tokens that were sampled."""
+        return self.mask.sum(1).long()
+
+    def select(self, rows: Tensor) -> "Batch":
+        """The given rows, cut to the longest among them."""
+        part = Batch(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        length, width = int(part.lengths.max()), int(part.completion_lengths.max())
+        part.input_ids = part.input_ids[:, :length]
+        for name in ("completions", "mask", "rollout_logprobs"):
+            setattr(part, name, getattr(part, name)[:, :width])
+        return part
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Rows [N] and columns [N] of ``input_ids`` from which the N valid completion tokens are predicted."""
+        rows, steps = self.mask.nonzero(as_tuple=True)
+        return rows, self.prompt_lengths[rows] - 1 + steps
+
+    def to(self, device: torch.device) -> "Batch":
+        """On another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def join(prompts: list[list[int]], completions: Tensor, mask: Tensor, rollout_logprobs: Tensor, group_ids: Tensor, pad: int) -> Batch:
+    """A batch from prompts (one a completion), completions [B, T], their mask and log-probabilities."""
+    lengths = mask.sum(1).long()
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    input_ids = torch.full((len(prompts), int((prompt_lengths + lengths).max()) - 1), pad)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) + int(lengths[row]) - 1
+        input_ids[row, : len(prompt)] = torch.tensor(prompt)
+        input_ids[row, len(prompt) : end] = completions[row, : lengths[row] - 1]
+    width = int(lengths.max())
+    return Batch(input_ids, prompt_lengths, completions[:, :width], mask[:, :width], group_ids, rollout_logprobs[:, :width])

@@ -1,0 +1,27 @@
+"""`python -m harness.run algorithm=gspo model=tiny_moe seed=0`: one run; with -m a sweep."""
+
+import signal
+import sys
+
+import hydra
+
+from harness.config import conf_dir
+from harness.sweep import session
+from harness.sweep.launch import run_or_launch
+
+
+def main() -> int:
+    """The command line; returns its exit status: 2 for a configuration that cannot run, 1 where a run failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = 0
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_or_launch)()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    return session.finish(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""A sweep in the form that is kept in a repository: tables and run records, no weights, no checkpoints, no logs."""
+
+import json
+import shutil
+from pathlib import Path
+
+from harness.errors import ConfigError
+from harness.runs.directory import METRICS, SAMPLES, replace_file
+from harness.runs.reading import (
+    EVALUATIONS_TABLE,
+    IDENTITY,
+    METRICS_TABLE,
+    SWEEP,
+    PathLike,
+    load_evaluations,
+    load_runs,
+    load_samples,
+    read_sweep,
+    run_directories,
+)
+
+
+def compact(path: PathLike, target: PathLike) -> Path:
+    """Write the compact form of the sweep at `path`; the loaders of :mod:`harness.runs` read it as they read the sweep.
+
+    Args:
+        path: a sweep folder.
+        target: a new folder, or an earlier compact form of the same sweep, which is brought up to date.
+
+    Returns:
+        The target.
+
+    Raises:
+        NoRuns: where `path` holds no runs.
+        ConfigError: where the target holds anything else than an earlier form of this sweep.
+    """
+    source, target = Path(path), Path(target)
+    runs, evaluations, samples = load_runs(source), load_evaluations(source), load_samples(source)
+    _check_target(source, target)
+    target.mkdir(parents=True, exist_ok=True)
+    # sweep.json first: whatever interrupts the rest, the target says which sweep it belongs to.
+    sweep = {**read_sweep(source), "cells": list(dict.fromkeys(runs["run"]))}
+    _replace_text(target / SWEEP, json.dumps(sweep, indent=2) + "\n")
+    for directory in run_directories(source):
+        (target / directory.name).mkdir(exist_ok=True)
+        for name in ("run.json", "config.yaml"):
+            if (directory / name).exists():
+                shutil.copyfile(directory / name, target / directory.name / name)
+    metrics = runs[runs["step"].notna()].drop(columns=[*_identity_but_run()])
+    replace_file(target / METRICS_TABLE, lambda file: metrics.to_parquet(file, index=False))
+    rows = evaluations.drop(columns=[*_identity_but_run()])
+    replace_file(target / EVALUATIONS_TABLE, lambda file: rows.to_parquet(file, index=False))
+    kept = samples.astype(object).where(samples.notna(), None).to_dict("records")
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    _replace_text(target / SAMPLES, text)
+    return target
+
+
+def _identity_but_run() -> list[str]:
+    return [column for column in IDENTITY if column != "run"]
+
+
+def _replace_text(file: Path, text: str) -> None:
+    replace_file(file, lambda open_file: open_file.write(text.encode()))
+
+
+def _check_target(source: Path, target: Path) -> None:
+    """Refuse a target whose content would be lost or mixed."""
+    if not target.exists() or not any(target.iterdir()):
+        return
+    mend = "give another folder, or remove it first"
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"{target} is the sweep itself: give another folder to write its compact form to")
+    if not (target / SWEEP).exists() or any(target.glob(f"*/{METRICS}")):
+        raise ConfigError(f"{target} exists and is no compact sweep: {mend}")
+    old, new = read_sweep(target), read_sweep(source)
+    for key in ("equal", "code"):
+        if old.get(key) != new.get(key):
+            raise ConfigError(f"{target} holds another sweep (its {key} differs in {SWEEP}): {mend}")
+    here = {directory.name for directory in run_directories(source)}
+    strange = sorted(directory.name for directory in run_directories(target) if directory.name not in here)
+    if strange:
+        raise ConfigError(f"{target} holds another sweep ({strange[0]} is not in {source}): {mend}")

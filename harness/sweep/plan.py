@@ -1,0 +1,152 @@
+"""The plan of a sweep: every cell composed and checked before the first one runs, then frozen on disk."""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from harness.cell import prepare
+from harness.config import CELL_KEYS, RunConfig, check, equal_part, typed
+from harness.errors import ConfigError, Declined
+from harness.runs.directory import RunDirectory, RunInUse, replace_file
+from harness.runs.provenance import code_fingerprint
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the plan; `declined` says why its algorithm cannot apply to it."""
+
+    config: RunConfig
+    declined: str | None
+
+
+def expand(config: DictConfig, loader: ConfigLoader) -> list[Cell]:
+    """Compose and check all cells of a multirun, in the order in which Hydra will number its jobs.
+
+    Args:
+        config: the multirun's configuration with its `hydra` node.
+        loader: what Hydra composes jobs with; it knows `--config-dir`.
+
+    Raises:
+        ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
+    """
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        raise ConfigError(f"hydra/sweeper: {sweeper._target_} decides its cells as it goes; use the basic sweeper")
+    arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + list(config.hydra.overrides.task)
+    try:
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
+        cells = [_compose(config, loader, list(job)) for job in jobs]
+    except HydraException as error:
+        raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
+    _check_comparable([cell.config for cell in cells])
+    return cells
+
+
+def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
+    """Refuse to put runs beside others that they could not be compared with.
+
+    Args:
+        folder: the sweep folder, or a run directory to look at that one alone.
+        configs: the runs to be put there.
+
+    Raises:
+        ConfigError: saying what differs and what to do.
+    """
+    names = {config.run_name for config in configs}
+    labels = {config.label: config for config in configs}
+    equal = equal_part(configs[0])
+    files = [folder / "run.json"] if (folder / "run.json").exists() else sorted(folder.glob("*/run.json"))
+    for directory in (RunDirectory(file.parent) for file in files):
+        if not _holds_results(directory):
+            continue
+        run, there = directory.read_status(), directory.path
+        code = run["provenance"]["code"]
+        if code != code_fingerprint():
+            raise _mixing(there, f"was made by other code ({code}, now {code_fingerprint()})")
+        found = OmegaConf.to_container(OmegaConf.load(there / "config.yaml"))
+        assert isinstance(found, dict)
+        difference = _first_difference({key: found.get(key) for key in equal}, equal)
+        if difference:
+            raise _mixing(there, f"was made with another {difference}")
+        if run["label"] in labels and there.name not in names:
+            planned = asdict(labels[run["label"]])
+            difference = _first_difference(
+                {key: found.get(key) for key in CELL_KEYS}, {key: planned[key] for key in CELL_KEYS}
+            )
+            raise _mixing(there, f"is a cell of this plan with another {difference}")
+
+
+def freeze(folder: Path, cells: Sequence[Cell]) -> None:
+    """Write sweep.json and every cell's config.yaml and run.json: what will run, whatever is edited meanwhile."""
+    for cell in cells:
+        try:
+            prepare(cell.config, cell.declined)
+        except RunInUse:
+            continue  # another command is already at it; it wrote the same configuration, since the hash is the same
+    content = {
+        "equal": equal_part(cells[0].config),
+        "code": code_fingerprint(),
+        "cells": [cell.config.run_name for cell in cells],
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(folder / "sweep.json", lambda file: file.write(text.encode()))
+
+
+def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
+    try:
+        run = typed(loader.load_sweep_config(config, job))
+        try:
+            return Cell(check(run), None)
+        except Declined as error:
+            return Cell(run, str(error))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n(in the cell {' '.join(job)})") from error
+
+
+def _check_comparable(configs: Sequence[RunConfig]) -> None:
+    first, seen = configs[0], set()
+    for config in configs:
+        if config.run_dir.parent != first.run_dir.parent:
+            raise ConfigError(f"sweep: the cells would go to {first.run_dir.parent} and {config.run_dir.parent}")
+        difference = _first_difference(equal_part(first), equal_part(config))
+        if difference:
+            raise ConfigError(f"the cells of one sweep must share their {difference}: sweep it under several names")
+        if config.run_name in seen:
+            raise ConfigError(f"the plan has the cell {config.label} twice: remove one of the two")
+        seen.add(config.run_name)
+
+
+def _holds_results(directory: RunDirectory) -> bool:
+    status = directory.read_status().get("status")
+    return status in ("done", "diverged") or directory.state_path.exists()
+
+
+def _mixing(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{path} {what}: the results would be mixed. Choose another sweep=NAME, or move the old folder away"
+    )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    """`key (old value, here new value)` of the first leaf that differs; None where nothing does."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            difference = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            if difference:
+                return difference
+        return None
+    return None if old == new else f"{key} ({old}, here {new})"

@@ -1,0 +1,39 @@
+"""A single run, in the process of the command."""
+
+import sys
+
+from omegaconf import DictConfig
+from rich.text import Text
+
+from harness.cell import EXIT_CODES, prepare, run_cell
+from harness.config import validate
+from harness.errors import ConfigError
+from harness.runs.reading import SWEEP
+from harness.status import make_console, read_cell, table
+from harness.sweep.plan import check_folder
+from harness.sweep.progress import Progress
+
+
+def run_single(job: DictConfig) -> None:
+    """Check, run and report one configuration; a run that is done is left as it is.
+
+    Raises:
+        SystemExit: with status 2 for a configuration that cannot run, before anything is written; with 1 or 130 where
+            the run failed or was interrupted.
+    """
+    try:
+        config = validate(job)
+        folder = config.run_dir.parent
+        # Loose runs may differ in anything; beside the cells of a sweep a run must be comparable with them.
+        check_folder(folder if (folder / SWEEP).exists() else config.run_dir, [config])
+        directory = prepare(config)
+        console = make_console()
+        with Progress([directory.path], console):
+            status = run_cell(directory)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    console.print(table([read_cell(directory.path)]))
+    console.print(Text(str(directory.path)), soft_wrap=True)
+    if EXIT_CODES[status]:
+        raise SystemExit(EXIT_CODES[status])

@@ -1,0 +1,71 @@
+"""One problem: its prompt, its reference answer, and which split its content belongs to."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.config import TaskConfig
+from harness.errors import ConfigError
+
+# Each problem falls into one of 100 buckets by the content of its prompt, and each split owns some of them. So no two
+# splits ever share a problem, whatever their seeds and parameters: longer sums held out for evaluation, say, are never
+# met when a run trains on longer sums.
+BUCKETS = 100
+SPLITS: dict[str, range] = {
+    "evaluation": range(0, 10),
+    "cold_start": range(10, 40),
+    "train": range(40, BUCKETS),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, the answer expected, and the fields of the source that both were filled from."""
+
+    prompt: str
+    answer: str
+    fields: dict[str, Any]
+
+
+def content_bucket(prompt: str) -> int:
+    """The bucket of a prompt, in 0 to 99. White space does not count, since a tokenizer may drop it."""
+    return int(hashlib.sha256("".join(prompt.split()).encode()).hexdigest(), 16) % BUCKETS
+
+
+def derived_seed(*parts: Any) -> int:
+    """64 bits that depend on every part and on nothing else."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()[:8])
+
+
+def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str) -> Problem:
+    """Fill the task's templates from a problem's fields.
+
+    Raises:
+        ConfigError: for a field that is not there, a malformed template, or a pattern that finds no answer.
+    """
+    answer = _fill(task.answer, fields, f"{key}.answer")
+    if task.answer_pattern is not None:
+        answer = _extract(task.answer_pattern, answer, f"{key}.answer_pattern")
+    return Problem(_fill(task.prompt, fields, f"{key}.prompt"), answer.strip(), dict(fields))
+
+
+def _fill(template: str, fields: Mapping[str, Any], key: str) -> str:
+    try:
+        return template.format_map(fields)
+    except KeyError as error:
+        raise ConfigError(f"{key}: there is no field {error}; the fields are {', '.join(fields)}") from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{key}={template!r} is not a template such as '{{question}}': {error}") from error
+
+
+def _extract(pattern: str, answer: str, key: str) -> str:
+    try:
+        found = re.search(pattern, answer)
+        if found is None:
+            raise ConfigError(f"{key}={pattern!r} finds nothing in the answer {answer[-80:]!r}")
+        return found.group(1)
+    except (re.error, IndexError) as error:
+        raise ConfigError(f"{key}={pattern!r} must be a regular expression with one group: {error}") from error

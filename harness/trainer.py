@@ -1,0 +1,276 @@
+"""The one training loop. It is blind to which algorithm runs: all it sees are parts and settings."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.algorithms.advantages import group_statistics
+from harness.algorithms.value import explained_variance
+from harness.budget import Meter
+from harness.config import RunConfig
+from harness.errors import ConfigError, Diverged
+from harness.evaluation import evaluate
+from harness.judging import Judge
+from harness.policy.critic import Critic
+from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
+from harness.policy.loading import load_policy, weights_hash
+from harness.policy.routing import routers
+from harness.rollout.batch import Batch
+from harness.rollout.embedded import EmbeddedEngine
+from harness.runs.directory import RunDirectory
+from harness.runs.loggers import open_loggers
+from harness.tasks import VERIFIERS, Problem, PromptStream
+from harness.tasks.problem import derived_seed
+from harness.update import CriticUpdater, PolicyUpdater
+
+# Policy, optimizer moments and the new checkpoint beside the old one, with room to spare.
+_CHECKPOINT_COPIES = 12
+
+
+def train(config: RunConfig, directory: RunDirectory) -> None:
+    """Train until the budget is spent, from the start or from the directory's checkpoint.
+
+    Raises:
+        ConfigError: before any compute, for a model, prompt or disk that cannot do.
+        Diverged: for a loss or gradient that is not finite; what was measured is in metrics.jsonl.
+    """
+    trainer = Trainer(config, directory)
+    trainer.resume()
+    trainer.evaluate_reached(trainer.snapshot())
+    while trainer.meter.fraction < 1:
+        trainer.step()
+    trainer.finish()
+
+
+class Trainer:
+    """One run: networks, optimizers, prompts and the meter."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self.config, self.directory, self.algorithm = config, directory, config.algorithm
+        self.loggers = open_loggers(config.logger, directory)
+        self.policy, self.tokenizer = load_policy(config.model, config.device)
+        self.device = self.policy.device
+        self._check_model()
+        self.meter = Meter(config.budget, self.device)
+        self.critic = Critic(self.policy) if self.algorithm.critic else None
+        reference = copy.deepcopy(self.policy) if self.algorithm.kl.coefficient > 0 else None
+        self.policy_cost = policy_cost(self.policy)
+        self.critic_cost = critic_cost(self.critic, self.policy.config) if self.critic else None
+        self.judge = Judge(
+            config, self.meter, self.policy, self.policy_cost, reference, self.critic, self.critic_cost
+        )
+        self.policy_updater = PolicyUpdater(self.policy, config)
+        self.critic_updater = CriticUpdater(self.critic, config) if self.critic else None
+        self.engine = EmbeddedEngine(
+            self.policy,
+            config.rollout,
+            self.tokenizer.eos_token_id,
+            self.tokenizer.pad_token_id,
+            config.task.max_completion_tokens,
+        )
+        self.prompts = PromptStream(config.task, config.seed, "train")
+        self.verify = VERIFIERS[config.task.verifier]
+        self.fractions = sorted(config.evaluation.fractions)
+        self.evaluated = 0  # how many of the fractions are behind us
+        self.steps = 0
+        self.samples: list[dict[str, Any]] = []
+        self.inside = self.snapshot()  # the latest state that lies inside the budget
+
+    def _check_model(self) -> None:
+        if self.algorithm.routing_replay != "disabled" and not routers(self.policy):
+            raise ConfigError(
+                f"algorithm.routing_replay={self.algorithm.routing_replay}: {type(self.policy).__name__} has no router that "
+                "is known (a module named …TopKRouter), so nothing would be replayed; set it to disabled"
+            )
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
+        self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Task -> rollout -> reward -> advantage -> objective -> update -> meter -> run directory."""
+        before, phases_before = self.snapshot(), copy.deepcopy(self.meter.phases)
+        problems = self.prompts.take(self.config.prompts_per_batch)
+        batch = self._rollout(problems)
+        rewards = self._reward(problems, batch)
+        row: dict[str, Any] = {"step": self.steps + 1}
+        failure = None
+        try:
+            row |= self._learn(batch, rewards)
+        except Diverged as error:
+            failure, row = error, row | error.metrics
+        self.steps += 1
+        self.meter.count(tokens=float(batch.mask.sum()), queries=len(problems))
+        row |= self._batch_metrics(batch, rewards) | self._costs(phases_before)
+        self.directory.append_metrics(row)
+        for logger in self.loggers:
+            logger.log(row)
+        self.directory.update_status(budget=self.meter.summary())
+        if failure:
+            raise failure
+        self.evaluate_reached(before)
+        self.inside = before if self.meter.fraction > 1 else self.snapshot()
+        # The step that passes the limit is not a state to continue from: the one before it is what counts.
+        if self.steps % self.config.checkpoint_every == 0 and self.meter.fraction < 1:
+            self.checkpoint()
+
+    def _rollout(self, problems: list[Problem]) -> Batch:
+        prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
+        for problem, prompt in zip(problems, prompts, strict=True):
+            if len(prompt) > self.config.task.max_prompt_tokens:
+                raise ConfigError(
+                    f"task.max_prompt_tokens={self.config.task.max_prompt_tokens}: a prompt has {len(prompt)} tokens; raise "
+                    f"the limit, or leave this prompt out of the data: {problem.prompt[:80]!r}"
+                )
+        group_size = self.algorithm.completions_per_prompt
+        with self.meter.phase("rollout"):
+            batch = self.engine.generate(prompts, group_size, self._generator("rollout"))
+        flops = self.policy_cost.sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
+        self.meter.charge_flops("rollout", flops)
+        return batch
+
+    def _reward(self, problems: list[Problem], batch: Batch) -> Tensor:
+        """[B] rewards of the completions."""
+        with self.meter.phase("reward"):
+            texts = self.tokenizer.batch_decode(batch.completions, skip_special_tokens=True)
+            asked = [problem for problem in problems for _ in range(self.algorithm.completions_per_prompt)]
+            rewards = [self.verify(text, problem) for text, problem in zip(texts, asked, strict=True)]
+        self.samples = [
+            {"prompt": asked[i].prompt, "completion": texts[i], "answer": asked[i].answer, "reward": rewards[i]}
+            for i in range(min(self.config.evaluation.samples, len(texts)))
+        ]
+        return torch.tensor(rewards, dtype=torch.float32, device=self.device)
+
+    def _learn(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
+        """Judge the rollout batch and update on it; returns the metrics of the update."""
+        targets = self.judge.judge(batch, rewards)
+        passes = self.algorithm.epochs * (1 + BACKWARD)
+        with self.meter.phase("update"):
+            metrics = self.policy_updater.update(batch, targets, self._generator("minibatches"))
+        self.meter.charge_flops("update", passes * self.policy_cost.batch(batch))
+        self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
+        extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
+        if self.critic_updater and self.critic_cost:
+            assert targets.old_values is not None and targets.returns is not None
+            extra["critic/explained_variance"] = float(explained_variance(targets.old_values, targets.returns, batch.mask))
+            with self.meter.phase("critic"):
+                metrics.update(self.critic_updater.update(batch, targets, self._generator("minibatches")))
+            self.meter.charge_flops("critic", passes * self.critic_cost.batch(batch))
+        if targets.routes is not None:
+            self.policy_updater.probe_expert_changes(batch, targets.routes, metrics)
+        return metrics.compute() | extra
+
+    def _batch_metrics(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
+        _, std = group_statistics(rewards, batch.group_ids)
+        ended = (batch.completions == self.tokenizer.eos_token_id).mul(batch.mask).sum(1) > 0
+        return {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std(correction=1)),
+            "reward/zero_std_fraction": float((std == 0).float().mean()),
+            "completion/length_mean": float(batch.completion_lengths.float().mean()),
+            "completion/truncated_fraction": float((~ended).float().mean()),
+        }
+
+    def _costs(self, phases_before: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Every budget axis so far, and this step's share of each phase."""
+        costs = {f"budget/{axis}": amount for axis, amount in self.meter.spent.items()}
+        for phase, cost in self.meter.phases.items():
+            for unit, amount in cost.items():
+                costs[f"{unit}/{phase}"] = amount - phases_before[phase][unit]
+        return costs
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Random numbers that depend on seed, purpose and step alone, so that every algorithm is dealt the same."""
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, self.steps) >> 1)
+
+    # --- evaluation and state ----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """The policy as it is now, and what it has cost."""
+        weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
+        return {"step": self.steps, "spent": dict(self.meter.spent), "weights": weights, "samples": self.samples}
+
+    def evaluate_reached(self, before: dict[str, Any]) -> None:
+        """Evaluate at each fraction of the budget that was reached: the last state that lies inside it.
+
+        Args:
+            before: the state before the latest step, for a fraction that this step has passed.
+        """
+        while self.evaluated < len(self.fractions) and self.meter.fraction >= self.fractions[self.evaluated]:
+            fraction = self.fractions[self.evaluated]
+            state = before if self.meter.fraction > fraction else self.snapshot()
+            now = self.snapshot()
+            self.policy.load_state_dict(state["weights"])
+            where = {"fraction": fraction, "step": state["step"]}
+            costs = {f"budget/{axis}": amount for axis, amount in state["spent"].items()}
+            scores = evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
+            self.policy.load_state_dict(now["weights"])
+            self.directory.append_evaluations([where | score | costs for score in scores])
+            self.directory.append_samples([where | sample for sample in state["samples"]])
+            self.evaluated += 1
+            if fraction == self.fractions[-1]:
+                final = {score["task"]: {key: score[key] for key in ("score", "stderr", "n")} for score in scores}
+                self.directory.update_status(scores=final)
+
+    def finish(self) -> None:
+        """Leave the last state inside the budget as a Hugging Face model."""
+        self.policy.load_state_dict(self.inside["weights"])
+        self.policy.save_pretrained(self.directory.policy_dir)
+        self.tokenizer.save_pretrained(self.directory.policy_dir)
+        self.directory.update_status(budget=self.meter.summary())
+
+    def checkpoint(self) -> None:
+        """Save all that the next step depends on."""
+        self.directory.save_state(
+            {
+                "policy": self.policy_updater.state_dict(),
+                "critic": self.critic_updater.state_dict() if self.critic_updater else None,
+                "meter": self.meter.state_dict(),
+                "prompts": self.prompts.position,
+                "steps": self.steps,
+                "evaluated": self.evaluated,
+                "samples": self.samples,
+                "lines": self.directory.line_counts(),
+            }
+        )
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, or begin; describes the run in run.json either way."""
+        initial = weights_hash(self.policy)
+        self._describe(initial)
+        state = self.directory.load_state()
+        if state is None:
+            self.directory.truncate({})
+            return
+        self.policy_updater.load_state_dict(state["policy"])
+        if self.critic_updater:
+            self.critic_updater.load_state_dict(state["critic"])
+        self.meter.load_state_dict(state["meter"])
+        self.prompts.seek(state["prompts"])
+        self.steps, self.evaluated, self.samples = state["steps"], state["evaluated"], state["samples"]
+        self.directory.truncate(state["lines"])
+        self.inside = self.snapshot()
+
+    def _describe(self, initial_weights: str) -> None:
+        provenance = self.directory.read_status().get("provenance", {})
+        known = provenance.get("initial_weights", initial_weights)
+        if known != initial_weights:
+            raise ConfigError(
+                f"model {self.config.model.name}: this run began from other weights ({known[:12]}, now {initial_weights[:12]}); "
+                "restore them, or start afresh with another sweep=NAME"
+            )
+        self.directory.update_status(
+            provenance=provenance | {"initial_weights": initial_weights},
+            parameters={
+                "policy": count_parameters(self.policy),
+                "active": active_parameters(self.policy),
+                "critic": count_parameters(self.critic) if self.critic else 0,
+            },
+        )
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,219 @@
+"""The update: the optimizer steps that follow one rollout batch, the same code for every algorithm."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from harness.algorithms.metrics import Metrics
+from harness.algorithms.objective import aggregation_weights, weighted_policy_loss
+from harness.algorithms.value import value_loss
+from harness.config import OptimizerConfig, RunConfig
+from harness.errors import Diverged
+from harness.policy.critic import Critic
+from harness.policy.logprobs import completion_logprobs
+from harness.policy.routing import Routing, changes
+from harness.rollout.batch import Batch
+
+
+@dataclass
+class Targets:
+    """What the rollout batch is judged by; constants of the update, [B, T] each."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    routes: Tensor | None = None  # [B, L, routers, k] experts that the old policy chose, on MoE models
+
+    def select(self, rows: Tensor, micro: Batch) -> "Targets":
+        """The given rows, cut to the micro-batch that was selected by them."""
+        width, length = micro.mask.shape[1], micro.input_ids.shape[1]
+        cut = {
+            name: tensor[rows, :width]
+            for name in ("old_logprobs", "advantages", "ref_logprobs", "old_values", "returns")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
+
+
+class Updater:
+    """A network and its optimizer; subclasses say what its loss is."""
+
+    prefix = ""  # of its metrics' names
+
+    def __init__(self, network: nn.Module, config: RunConfig, learning_rate: float, max_grad_norm: float) -> None:
+        self.network, self.config, self.max_grad_norm = network, config, max_grad_norm
+        self.settings: OptimizerConfig = config.algorithm.optimizer
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=learning_rate,
+            betas=(self.settings.beta1, self.settings.beta2),
+            eps=self.settings.epsilon,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        self.learning_rate = learning_rate
+        self.updates = 0
+
+    def update(self, batch: Batch, targets: Targets, generator: torch.Generator) -> Metrics:
+        """Make `epochs` x `minibatches` optimizer steps.
+
+        Args:
+            batch: the rollout batch.
+            targets: its advantages and what else stays constant.
+            generator: a CPU generator that shuffles the completions into minibatches.
+
+        Raises:
+            Diverged: for a loss or gradient that is not finite, before it reaches the weights.
+        """
+        metrics = Metrics()
+        for _ in range(self.config.algorithm.epochs):
+            order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+            for rows in order.chunk(self.config.algorithm.minibatches):
+                loss = self.backward(batch, targets, rows, metrics)
+                self._step(loss, metrics)
+        return metrics
+
+    def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
+        """Gradients of one optimizer batch, the given rows; returns its loss."""
+        raise TypeError("an Updater has no loss of its own")
+
+    def micro_batches(self, batch: Batch, targets: Targets, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Targets]]:
+        """Rows, batch and targets of each micro-batch; sequences of like length share one, which saves padding."""
+        rows = rows[batch.lengths[rows].argsort(stable=True)]
+        for micro_rows in rows.split(self.config.model.micro_batch_sequences):
+            micro = batch.select(micro_rows)
+            yield micro_rows, micro, targets.select(micro_rows, micro)
+
+    def _step(self, loss: Tensor, metrics: Metrics) -> None:
+        """Clip the gradient, check it, step."""
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        metrics.mean(f"{self.prefix}loss", loss, 1)
+        metrics.mean(f"{self.prefix}grad_norm", norm, 1)
+        if not math.isfinite(float(loss) + float(norm)):
+            raise Diverged(
+                f"optimizer step {self.updates + 1}: {self.prefix}loss is {float(loss)} and "
+                f"{self.prefix}grad_norm {float(norm)}",
+                metrics.compute(),
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, (self.updates + 1) / max(self.settings.warmup_updates, 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+class CriticUpdater(Updater):
+    """Regresses the critic's values on the returns."""
+
+    prefix = "critic/"
+
+    def __init__(self, critic: Critic, config: RunConfig) -> None:
+        settings = config.algorithm.critic
+        assert settings is not None
+        super().__init__(critic, config, settings.learning_rate, settings.max_grad_norm)
+        self.critic, self.value_clip = critic, settings.value_clip
+
+    def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
+        tokens = batch.mask[rows].sum()
+        total = torch.zeros((), device=batch.mask.device)
+        for _, micro, judged in self.micro_batches(batch, targets, rows):
+            assert judged.old_values is not None and judged.returns is not None
+            values = self.critic(micro)
+            loss, clipped = value_loss(values, judged.old_values, judged.returns, micro.mask, self.value_clip)
+            (loss / tokens).backward()
+            total += loss.detach() / tokens
+            metrics.mean("critic/clip_fraction", clipped, micro.mask.sum())
+        return total
+
+
+class PolicyUpdater(Updater):
+    """Improves the policy by the algorithm's objective."""
+
+    def __init__(self, policy: PreTrainedModel, config: RunConfig) -> None:
+        super().__init__(policy, config, config.algorithm.optimizer.learning_rate, config.algorithm.optimizer.max_grad_norm)
+        self.policy = policy
+
+    def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
+        weights = torch.zeros_like(batch.mask)
+        weights[rows] = aggregation_weights(batch.mask[rows], self.config.algorithm)
+        tokens = batch.mask[rows].sum()
+        total = torch.zeros((), device=batch.mask.device)
+        for micro_rows, micro, judged in self.micro_batches(batch, targets, rows):
+            micro_weights = weights[micro_rows, : micro.mask.shape[1]]
+            total += self._micro_backward(micro, judged, micro_weights, tokens, metrics)
+        return total
+
+    def _micro_backward(self, micro: Batch, targets: Targets, weights: Tensor, tokens: Tensor, metrics: Metrics) -> Tensor:
+        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        bonus = algorithm.entropy_coefficient
+        routing = Routing(self.policy, None if algorithm.routing_replay == "disabled" else targets.routes)
+        with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
+            logprobs, entropy = completion_logprobs(self.policy, micro, temperature, entropy_gradient=bonus > 0)
+            loss, loss_metrics = weighted_policy_loss(
+                logprobs,
+                targets.old_logprobs,
+                targets.advantages,
+                micro.mask,
+                weights,
+                algorithm,
+                rollout_logprobs=micro.rollout_logprobs,
+                ref_logprobs=targets.ref_logprobs,
+            )
+            if bonus > 0:
+                loss = loss - bonus * entropy.sum() / tokens
+            # The batch's first step still has the old policy's weights: it would only measure rounding.
+            if targets.routes is not None and self.updates % (algorithm.epochs * algorithm.minibatches):
+                _expert_changes(routing.native, micro, targets.routes, metrics, ("expert", "token"))
+                _expert_changes(routing.used, micro, targets.routes, metrics, ("used_expert",))
+            loss.backward()
+        metrics.update(loss_metrics)
+        metrics.mean("entropy", entropy.detach().sum(), micro.mask.sum())
+        return loss.detach()
+
+    @torch.no_grad()
+    def probe_expert_changes(self, batch: Batch, routes: Tensor, metrics: Metrics) -> None:
+        """Measure expert choices after the last optimizer step, natively routed, on a minibatch's worth of sequences.
+
+        The steps before it are measured for free in the forward pass of the step that follows each; this one has none.
+        """
+        rows = torch.arange(self.config.minibatch_size, device=batch.mask.device)
+        for micro_rows in rows.split(self.config.model.micro_batch_sequences):
+            micro = batch.select(micro_rows)
+            routing = Routing(self.policy)
+            with routing.watch():
+                completion_logprobs(self.policy, micro, self.config.rollout.temperature)
+            old = routes[micro_rows, : micro.input_ids.shape[1]]
+            _expert_changes(routing.native, micro, old, metrics, ("expert", "token"))
+
+
+def _expert_changes(
+    new: list[Tensor], micro: Batch, routes: Tensor, metrics: Metrics, names: tuple[str, ...]
+) -> None:
+    """Compare choices at the positions that completion tokens are predicted from; the second name counts tokens."""
+    positions = micro.positions()
+    old = routes[positions]
+    now = [layer.reshape(*routes.shape[:2], -1)[positions] for layer in new]
+    counts = zip(names, changes(now, old), (old.numel(), len(old)), strict=False)
+    for name, changed, count in counts:
+        metrics.mean(f"moe/{name}_change_fraction", changed, float(count))

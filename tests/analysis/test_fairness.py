@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+from harness.analysis.fairness import Check, algorithm_differences, checks
+from harness.analysis.sweep import Sweep, read_sweep
+from tests.analysis.synthetic import Cell, write_sweep
+
+
+def by_name(found: list[Check]) -> dict[str, Check]:
+    return {check.what: check for check in found}
+
+
+def test_a_fair_sweep_passes_every_check(sweep: Sweep) -> None:
+    assert [check for check in checks(sweep) if not check.equal] == []
+
+
+def test_other_initial_weights_are_found(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0)]
+    root = write_sweep(tmp_path / "sweep", cells)
+    file = root / cells[1].name / "run.json"
+    run = json.loads(file.read_text())
+    run["provenance"]["initial_weights"] = "others"
+    file.write_text(json.dumps(run))
+    found = by_name(checks(read_sweep(root)))["initial weights of tiny_dense"]
+    assert not found.equal
+    assert "others" in found.detail
+
+
+def test_a_setting_that_should_be_equal_is_named_with_its_values(tmp_path: Path) -> None:
+    warm = {"rollout": {"engine": "embedded", "completions_per_batch": 256, "temperature": 0.7}}
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0, config=warm)]
+    found = by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))
+    assert found["rollout settings"] == Check("rollout settings", False, "rollout.temperature: 1, 0.7")
+    assert found["budget settings"].equal
+
+
+def test_different_seeds_are_not_the_same_prompts(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 1)]
+    assert not by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))["seeds on tiny_dense"].equal
+
+
+def test_unequal_tuning_is_said(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0, learning_rate=rate) for rate in (1e-4, 2e-4)]
+    found = by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", [*cells, Cell("ppo", "tiny_dense", 0)]))))
+    assert found["learning rates tried in this sweep"] == Check(
+        "learning rates tried in this sweep", False, "gspo 2, ppo 1"
+    )
+
+
+def test_only_settings_that_differ_stand_side_by_side(sweep: Sweep) -> None:
+    frame = algorithm_differences(sweep).frame.set_index("setting")
+    assert frame.loc["routing_replay"].to_dict() == {
+        "ppo": "disabled", "grpo": "disabled", "grpo_replay": "R2", "gspo": "disabled",
+    }  # fmt: skip
+    assert frame.loc["completions_per_prompt", "ppo"] == "1"
+    assert frame.loc["critic.learning_rate", "ppo"] == "0.001"
+    assert "minibatches" not in frame.index

@@ -1,0 +1,106 @@
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from harness.analysis.figures import all_figures, clip_fraction, expert_change, training_reward
+from harness.analysis.phases import budget_by_phase
+from harness.analysis.style import Drawing, figure_style, looks, unit
+from harness.analysis.sweep import Sweep, read_sweep
+from tests.analysis.synthetic import Cell, write_sweep
+
+
+@pytest.fixture(scope="module")
+def drawings(sweep: Sweep) -> dict[str, Drawing]:
+    with figure_style():
+        return {drawing.name: drawing for drawing in all_figures(sweep)}
+
+
+def legend_labels(figure: Figure) -> set[str]:
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    return {text.get_text() for legend in legends if legend for text in legend.get_texts()}
+
+
+def test_every_figure_is_there(drawings: dict[str, Drawing]) -> None:
+    assert list(drawings) == [
+        "training_reward", "downstream_accuracy", "clip_fraction", "expert_change", "budget_by_phase",
+        "training_dynamics",
+    ]  # fmt: skip
+
+
+def test_captions_say_n_statistic_and_interval(drawings: dict[str, Drawing]) -> None:
+    for name, drawing in drawings.items():
+        assert re.search(r"n\s=\s3|n stands beside", drawing.caption), name
+        assert "mean" in drawing.caption, name
+        assert "95 % bootstrap interval" in drawing.caption, name
+    assert "n\xa0=\xa02 for ppo on tiny_dense" in drawings["training_reward"].caption
+
+
+def test_what_is_not_drawn_is_said(drawings: dict[str, Drawing]) -> None:
+    caption = drawings["training_reward"].caption
+    assert "ppo on tiny_dense (1 failed); grpo_replay on tiny_dense (3 skipped)" in caption
+    assert "2 runs that did not finish are thin lines ending in ×" in caption
+
+
+def test_steps_at_zero_are_counted_where_a_log_axis_hides_them(drawings: dict[str, Drawing]) -> None:
+    assert "12 of 120 of grpo on tiny_dense" in drawings["clip_fraction"].caption
+    assert drawings["clip_fraction"].figure.axes[0].get_yscale() == "log"
+
+
+def test_the_clip_fractions_mean_is_in_the_legend(sweep: Sweep, drawings: dict[str, Drawing]) -> None:
+    rows = sweep.runs.query("variant == 'gspo' and setting == 'tiny_dense'")
+    mean = rows.groupby("run")["clip_fraction/token"].mean().mean()
+    assert f"gspo, mean {mean:.2g}" in legend_labels(drawings["clip_fraction"].figure)
+
+
+def test_replayed_choices_are_drawn_beside_the_native_ones(drawings: dict[str, Drawing]) -> None:
+    assert "drawn too, for grpo_replay on tiny_moe, mean 0." in drawings["expert_change"].caption
+
+
+def test_no_mean_curve_goes_past_the_limit(drawings: dict[str, Drawing]) -> None:
+    for axes in drawings["training_reward"].figure.axes:
+        assert max(max(line.get_xdata()) for line in axes.lines) <= 1.0  # TFLOP
+
+
+def test_algorithms_that_the_code_never_heard_of_are_drawn(tmp_path: Path) -> None:
+    names = [f"invented_{number}" for number in range(12)]
+    cells = [Cell(name, "my_model", seed) for name in names for seed in range(3)]
+    found = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    reward, phases = training_reward(found), budget_by_phase(found)
+    assert reward and legend_labels(reward.figure) == set(names)
+    ticks = {label.get_text() for label in phases.figure.axes[0].get_yticklabels()} if phases else set()
+    assert ticks == {f"{name} (n = 3)" for name in names}
+
+
+def test_without_experts_there_is_no_figure_of_them(tmp_path: Path) -> None:
+    assert expert_change(read_sweep(write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_dense", 0)]))) is None
+
+
+def test_a_look_belongs_to_one_variant_only(sweep: Sweep) -> None:
+    found = looks(sweep)
+    assert list(found) == sweep.variants
+    assert len({(look.color, look.dashes) for look in found.values()}) == len(sweep.variants)
+
+
+def test_a_sweep_that_has_not_begun_has_no_figures(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_moe", 0, status="planned", steps=0)]
+    found = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    assert all_figures(found) == []
+    for draw in (training_reward, clip_fraction, expert_change):
+        assert draw(found) is None
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "text"),
+    [
+        ("flops", 2.5e12, "2.5 TFLOP"),
+        ("flops", 9e8, "900 MFLOP"),
+        ("device_seconds", 60, "60 s"),
+        ("device_seconds", 7200, "2 h"),
+        ("tokens", 5e5, "500 thousand"),
+        ("updates", 200, "200"),
+    ],
+)
+def test_budgets_are_written_in_readable_units(axis: str, value: float, text: str) -> None:
+    assert unit(axis, value).text(value) == text

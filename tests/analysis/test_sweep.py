@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pandas as pd
+
+from harness.analysis.sweep import Sweep, cut_at_limit, read_sweep
+from tests.analysis.synthetic import LIMIT, Cell, write_sweep
+
+
+def test_curves_end_at_the_budgets_limit() -> None:
+    runs = pd.DataFrame({"budget/tokens": [40.0, 80.0, 100.0, 101.0], "budget_limit": 100.0, "step": [1, 2, 3, 4]})
+    assert cut_at_limit(runs, "tokens")["step"].tolist() == [1, 2, 3]
+
+
+def test_a_sweep_is_cut_and_keeps_its_cells_without_metrics(sweep: Sweep) -> None:
+    assert sweep.runs["budget/flops"].max() <= LIMIT
+    assert sweep.runs["step"].max() == 40
+    assert len(sweep.cells) == 24
+
+
+def test_order_is_that_of_the_plan(sweep: Sweep) -> None:
+    assert sweep.variants == ["ppo", "grpo", "grpo_replay", "gspo"]
+    assert sweep.settings == ["tiny_dense", "tiny_moe"]
+
+
+def test_a_searched_learning_rate_is_never_averaged_over(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", seed, learning_rate=rate) for rate in (1e-4, 2e-4) for seed in (0, 1)]
+    found = read_sweep(write_sweep(tmp_path / "sweep", [*cells, Cell("ppo", "tiny_dense", 0)]))
+    assert found.variants == ["gspo learning_rate=0.0001", "gspo learning_rate=0.0002", "ppo"]
+
+
+def test_a_learning_rate_chosen_per_model_makes_no_variants(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0, learning_rate=1e-4), Cell("gspo", "tiny_moe", 0, learning_rate=2e-4)]
+    assert read_sweep(write_sweep(tmp_path / "sweep", cells)).variants == ["gspo"]
+
+
+def test_two_tasks_are_two_settings(tmp_path: Path) -> None:
+    other = {"task": {"name": "products"}}
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("gspo", "tiny_dense", 1, config=other, task="products")]
+    found = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    assert found.settings == ["tiny_dense on chain_sum", "tiny_dense on products"]

@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.analysis.sweep import Sweep, read_sweep
+from harness.analysis.tables import (
+    Table,
+    budgets,
+    clip_fractions,
+    completion,
+    expert_changes,
+    final_scores,
+    learning_rate_search,
+    phases,
+    score_overview,
+)
+from tests.analysis.synthetic import Cell, write_sweep
+
+
+def row(table: Table, **where: str) -> pd.Series:
+    frame = table.frame
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+def test_final_scores_stand_beside_the_cold_start(sweep: Sweep) -> None:
+    found = row(final_scores(sweep), algorithm="grpo", model="tiny_dense", evaluation="longer")
+    scores = sweep.cells.query("algorithm == 'grpo' and model == 'tiny_dense'")["score/longer"]
+    assert (found["n"], found["mean"]) == (3, pytest.approx(scores.mean()))
+    assert (found["low"], found["high"]) == (pytest.approx(scores.min()), pytest.approx(scores.max()))
+    assert found["cold start"] == round(256 * 0.4) / 256
+    assert found["change"] == pytest.approx(found["mean"] - found["cold start"])
+
+
+def test_two_finished_runs_have_no_interval_in_the_overview(sweep: Sweep) -> None:
+    found = row(score_overview(sweep), model="tiny_dense", evaluation="held_out")
+    assert found["ppo"].endswith("(n\xa0=\xa02)") and "[" not in found["ppo"]
+    assert "[" in found["grpo"]
+    assert found["grpo_replay"] == "–"
+
+
+def test_the_budget_table_shows_all_axes_and_the_overshoot(sweep: Sweep) -> None:
+    table = budgets(sweep)
+    found = row(table, algorithm="ppo", model="tiny_moe")
+    assert (found["queries"], found["updates"]) == (256 * 42, 168)
+    assert found["largest overshoot"] == pytest.approx(42 / 40.5 - 1)
+    assert "Equal axis: flops, limit 1 TFLOP" in table.note
+
+
+def test_shares_of_phases_add_up(sweep: Sweep) -> None:
+    frame = phases(sweep).frame
+    for cost in ("flops", "seconds"):
+        assert frame.filter(like=f"{cost} ").sum(axis=1).to_numpy() == pytest.approx(1.0)
+    assert row(phases(sweep), algorithm="ppo", model="tiny_dense")["flops critic"] == pytest.approx(0.3)
+
+
+def test_clip_fractions_are_held_against_the_smallest_of_the_model(sweep: Sweep) -> None:
+    table = clip_fractions(sweep)
+    for model, smallest in (("tiny_dense", "grpo"), ("tiny_moe", "grpo_replay")):
+        base = row(table, algorithm=smallest, model=model)
+        found = row(table, algorithm="gspo", model=model)
+        assert base["times the smallest"] == 1
+        assert found["times the smallest"] == pytest.approx(found["token"] / base["token"])
+    assert row(table, algorithm="grpo", model="tiny_dense")["steps at 0"] == pytest.approx(0.1)
+
+
+def test_expert_change_is_only_of_models_with_experts(sweep: Sweep) -> None:
+    table = expert_changes(sweep)
+    assert set(table.frame["model"]) == {"tiny_moe"}
+    assert row(table, algorithm="grpo_replay")["used in update"] == 0
+    assert row(table, algorithm="grpo_replay")["choices changed"] > 0.01
+
+
+def test_every_cell_is_in_the_completion_table_with_its_reason(sweep: Sweep) -> None:
+    frame = completion(sweep).frame
+    assert len(frame) == 24
+    assert frame["status"].value_counts().to_dict() == {
+        "done": 18, "skipped": 3, "failed": 1, "diverged": 1, "interrupted": 1,
+    }  # fmt: skip
+    assert frame[frame["status"] == "diverged"]["reason"].tolist() == ["the loss is nan at step 17"]
+
+
+def test_there_is_no_search_table_without_a_search(sweep: Sweep) -> None:
+    assert learning_rate_search(sweep).frame.empty
+
+
+def test_a_learning_rate_that_diverged_cannot_win(tmp_path: Path) -> None:
+    gains = {1e-4: 0.1, 2e-4: 0.3, 8e-4: 0.9}
+    cells = [
+        Cell("gspo", model, seed, learning_rate=rate, gain=gain)
+        for rate, gain in gains.items()
+        for model in ("tiny_dense", "tiny_moe")
+        for seed in (0, 1)
+    ]
+    cells[-1].status, cells[-1].steps = "diverged", 30
+    table = learning_rate_search(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    frame = table.frame.set_index("learning_rate")
+    assert frame["best"].to_dict() == {1e-4: "", 2e-4: "best", 8e-4: ""}
+    assert frame.loc[8e-4, "tiny_moe"] == -np.inf
+    assert frame.loc[8e-4, "tiny_dense"] > frame.loc[2e-4, "tiny_dense"]
+    assert "diverged" in table.rows[-1]
+
+
+def test_a_model_that_declines_an_algorithm_does_not_keep_it_from_a_best_rate(tmp_path: Path) -> None:
+    cells = [Cell("r2", "tiny_moe", 0, learning_rate=rate, gain=1e3 * rate) for rate in (1e-4, 2e-4)]
+    cells += [Cell("r2", "tiny_dense", 0, "skipped", "no routers", rate, steps=0) for rate in (1e-4, 2e-4)]
+    cells += [Cell("gspo", "tiny_dense", 0, learning_rate=rate) for rate in (1e-4, 2e-4)]
+    frame = learning_rate_search(read_sweep(write_sweep(tmp_path / "sweep", cells))).frame.set_index("algorithm")
+    assert frame.loc["r2", "best"].tolist() == ["", "best"]
+
+
+def test_a_learning_rate_with_runs_to_do_is_not_judged(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", seed, learning_rate=rate) for rate in (1e-4, 2e-4) for seed in (0, 1)]
+    cells[-1].status, cells[-1].steps = "interrupted", 20
+    frame = learning_rate_search(read_sweep(write_sweep(tmp_path / "sweep", cells))).frame.set_index("learning_rate")
+    assert np.isnan(frame.loc[2e-4, "average"])
+    assert frame.loc[1e-4, "best"] == "best"
+
+
+def test_text_cannot_break_out_of_a_markdown_table() -> None:
+    table = Table("x", "X", "", pd.DataFrame({"reason": ["a | b\n<script>`rm`"]}))
+    assert table.markdown().splitlines()[-1] == "| a \\| b &lt;script&gt;\\`rm\\` |"
+
+
+def test_the_csv_keeps_every_digit(tmp_path: Path) -> None:
+    Table("x", "X", "", pd.DataFrame({"value": [1 / 3]})).save(tmp_path)
+    assert (tmp_path / "x.csv").read_text() == "value\n0.3333333333333333\n"
+    assert "0.333 |" in (tmp_path / "x.md").read_text()

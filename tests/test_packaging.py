@@ -1,0 +1,143 @@
+"""What a clone and an installed wheel hold."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import harness
+from harness.config import compose
+
+ROOT = Path(__file__).parent.parent
+ENTRIES = sorted((ROOT / "conf").rglob("*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, unpacked as an installation would."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    (archive,) = folder.glob("*.whl")
+    zipfile.ZipFile(archive).extractall(folder / "site")
+    return folder / "site"
+
+
+def data_files(folder: Path) -> set[str]:
+    """Everything below a folder that is not code, relative to it."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if path.suffix not in (".py", ".pyc")}
+
+
+def test_wheel_holds_every_configuration_entry(wheel):
+    assert data_files(wheel / "harness" / "conf") == data_files(ROOT / "conf")
+
+
+def test_wheel_holds_every_template_and_lm_eval_task(wheel):
+    in_wheel = {name for name in data_files(wheel / "harness") if not name.startswith("conf/")}
+    assert in_wheel == data_files(ROOT / "harness")
+
+
+def test_wheel_installs_the_package_and_nothing_beside_it(wheel):
+    assert {path.name for path in wheel.iterdir()} == {"harness", f"levelfield-{harness.__version__}.dist-info"}
+
+
+def test_installed_wheel_composes_from_its_own_entries(wheel, tmp_path):
+    code = "from harness.config import compose, conf_dir; print(conf_dir()); print(compose(['algorithm=grpo']).label)"
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert printed.stdout.splitlines() == [str(wheel / "harness" / "conf"), "grpo-tiny_dense-chain_sum-s0"]
+
+
+def test_every_imported_package_is_a_declared_dependency():
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    optional = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["tensorboard"]}
+    distributions = packages_distributions()
+    for path in (ROOT / "harness").rglob("*.py"):
+        for package in imported_packages(path) - set(sys.stdlib_module_names) - {"harness"}:
+            names = {canonicalize_name(name) for name in distributions.get(package, [package])}
+            assert names & (declared | optional), f"{path.relative_to(ROOT)} imports {package}: declare it"
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The top-level names that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_constraints_pin_every_dependency_within_its_range():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"constraints.txt pins no {name}"
+        assert pins[name] in requirement.specifier, f"constraints.txt pins {name}=={pins[name]}, outside {requirement}"
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_key_of_a_configuration_entry_is_explained(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("#"), "the first line says what the entry is"
+    assert list(unexplained_keys(yaml.compose(text), text.splitlines())) == []
+
+
+def unexplained_keys(node: yaml.MappingNode, lines: list[str], prefix: str = ""):
+    """Keys with no comment on their line, right above it (the file's header aside), or on an ancestor."""
+    header = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    for key, value in node.value:
+        nested = isinstance(value, yaml.MappingNode) and not value.flow_style
+        end = key.end_mark if nested else value.end_mark
+        above = key.start_mark.line - 1
+        commented_above = above >= header and lines[above].lstrip().startswith("#")
+        if key.value == "defaults" or "#" in lines[end.line][end.column :] or commented_above:
+            continue
+        if nested and value.value:
+            yield from unexplained_keys(value, lines, f"{prefix}{key.value}.")
+        else:
+            yield f"{prefix}{key.value}"
+
+
+def test_an_unexplained_key_is_found():
+    text = "# Header.\nfirst: 1\nsecond: '# text' # why\nthird:\n  # why\n  inner: 1\n  outer: [1]\n"
+    assert list(unexplained_keys(yaml.compose(text), text.splitlines())) == ["first", "third.outer"]
+
+
+def test_no_file_mentions_a_path_of_one_machine():
+    personal = re.compile(rb"(?<![\w.~-])/(?:home|root|work|workspace|scratch|private|tmp|Users)/\w")
+    folders = [ROOT / name for name in (".ci", "conf", "harness", "scripts", "tests", "results/reference")]
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    mentions = [path for path in files if "__pycache__" not in path.parts and personal.search(path.read_bytes())]
+    assert mentions == []
+
+
+def test_the_map_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_algorithm_of_the_contributors_guide_composes(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "algorithm").mkdir()
+    (tmp_path / "algorithm" / "dr_grpo.yaml").write_text(entry, encoding="utf-8")
+    algorithm = compose(["algorithm=dr_grpo"], config_dir=tmp_path).algorithm
+    assert algorithm.advantage["scale"] == "none" and algorithm.aggregation == {"name": "constant_length", "length": 48}

@@ -1,0 +1,330 @@
+"""Plans, what they refuse, and sweeps run by the real command."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+
+from harness.config import compose, conf_dir, load
+from harness.errors import ConfigError
+from harness.runs.directory import RunDirectory, effective_status
+from harness.sweep.plan import Cell, check_folder, expand, freeze
+from harness.sweep.slots import parallel_cells, slot
+
+_ROOT = Path(__file__).parents[1]
+# A cell of two steps on a model that has hardly been started.
+_TINY = [
+    "model.cold_start.steps=2",
+    "model.cold_start.batch_size=4",
+    "rollout.completions_per_batch=16",
+    "task.max_completion_tokens=8",
+    "budget.axis=updates",
+    "budget.limits.updates=8",
+    "evaluation.tasks=[chain_sum_held_out]",
+    "evaluation.fractions=[1.0]",
+    "evaluation.limit=2",
+    "checkpoint_every=1",
+]
+# A part that looks into the working directory for what to do to the run that calls it.
+_MISCHIEF = """
+import os, signal, time
+from pathlib import Path
+from harness.algorithms.objective import token_ratio
+from harness.algorithms.registry import register
+
+@register("ratio", "mischief")
+def mischief(logprobs, old_logprobs, mask, *, kind: str):
+    if Path("fails").exists() and kind == "fails":
+        raise RuntimeError("made to fail")
+    if Path("dies").exists() and kind == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while Path("waits").exists() and kind == "waits":
+        Path("waiting").touch()
+        time.sleep(0.05)
+    return token_ratio(logprobs, old_logprobs, mask)
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A working directory with a part and algorithms of the user's own."""
+    (tmp_path / "mischief.py").write_text(_MISCHIEF)
+    algorithms = tmp_path / "mine" / "algorithm"
+    algorithms.mkdir(parents=True)
+    for kind in ("fails", "dies", "waits"):
+        ratio = f"ratio:\n  name: mischief\n  kind: {kind}\n"
+        (algorithms / f"{kind}.yaml").write_text(f"defaults:\n  - grpo\n  - _self_\nname: {kind}\n{ratio}")
+    (algorithms / "two_epochs.yaml").write_text("defaults:\n  - grpo\n  - _self_\nname: two_epochs\nepochs: 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{_ROOT}{os.pathsep}{tmp_path}")
+    monkeypatch.setenv("LEVELFIELD_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "harness.run", "--config-dir", "mine", *arguments, *_TINY]
+
+
+def _run(*arguments):
+    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=300)
+
+
+def _runs(sweep):
+    """run.json of every run directory, by algorithm."""
+    files = Path("results", sweep).glob("*/run.json")
+    return {run["algorithm"]: run for run in map(json.loads, (file.read_text() for file in files))}
+
+
+def _plan(*overrides):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
+        return expand(config, hydra.config_loader)
+
+
+def _finished(run, **provenance):
+    """A run directory as a run leaves it that is done."""
+    directory = RunDirectory(run.run_dir)
+    freeze(run.run_dir.parent, [Cell(run, None)])
+    known = directory.read_status()["provenance"]
+    directory.update_status(status="done", provenance=known | provenance)
+    return directory
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_come_in_the_order_of_hydras_job_numbers():
+    cells = _plan("algorithm=ppo,gspo", "seed=0,1", "sweep=s")
+    expected = [f"{algorithm}-tiny_dense-chain_sum-s{seed}" for algorithm in ("ppo", "gspo") for seed in (0, 1)]
+    assert [cell.config.label for cell in cells] == expected
+
+
+def test_a_preset_may_name_the_cells_and_the_command_line_may_narrow_them(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    cells = "hydra:\n  sweeper:\n    params:\n      algorithm: ppo,gspo\n      seed: 0,1\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsweep: mine\n" + cells)
+    preset = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    assert len(_plan(*preset)) == 4
+    narrowed = [cell.config for cell in _plan(*preset, "algorithm=gspo")]
+    assert [run.label for run in narrowed] == [f"gspo-tiny_dense-chain_sum-s{seed}" for seed in (0, 1)]
+    assert {run.sweep for run in narrowed} == {"mine"}
+
+
+def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
+    dense, moe = _plan("algorithm=grpo_routing_replay", "model=tiny_dense,tiny_moe")
+    assert dense.declined is not None and "nothing to replay" in dense.declined
+    assert moe.declined is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sedd=0,1"], "sedd"),
+        (["algorithm=ppo,gpso"], "algorithm/gpso"),
+        (["seed=0,-1"], r"(?s)seed=-1.*in the cell seed=-1"),
+        (["seed=0,0"], "gspo-tiny_dense-chain_sum-s0 twice"),
+        (["budget.limits.flops=1.0,2.0"], r"budget.limits.flops \(1.0, here 2.0\)"),
+        (["seed=0,1", "sweep=a,b"], "results/a and results/b"),
+        (["hydra.sweeper._target_=optuna.Sweeper"], "basic sweeper"),
+    ],
+)
+def test_a_plan_that_cannot_be_compared_or_composed_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        _plan(*overrides)
+
+
+def test_a_frozen_plan_is_on_disk_before_anything_runs(tmp_path):
+    cells = _plan("algorithm=grpo_routing_replay,gspo", f"results={tmp_path}", "sweep=s")
+    freeze(tmp_path / "s", cells)
+    sweep = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert sweep["cells"] == [cell.config.run_name for cell in cells]
+    assert sweep["equal"]["budget"]["axis"] == "flops"
+    replay, gspo = (RunDirectory(tmp_path / "s" / name).read_status() for name in sweep["cells"])
+    assert (replay["status"], gspo["status"]) == ("skipped", "planned")
+    assert "nothing to replay" in replay["reason"]
+    assert load(tmp_path / "s" / sweep["cells"][1] / "config.yaml") == cells[1].config
+
+
+def test_how_a_cell_failed_stays_known_until_it_runs_again(tmp_path):
+    (cell,) = _plan(f"results={tmp_path}", "seed=3")
+    freeze(cell.config.run_dir.parent, [cell])
+    directory = RunDirectory(cell.config.run_dir)
+    directory.update_status(status="failed", reason="why")
+    freeze(cell.config.run_dir.parent, [cell])
+    assert (directory.read_status()["status"], directory.read_status()["reason"]) == ("failed", "why")
+
+
+# --- folders that would mix results ---------------------------------------------------------------------------------
+
+
+def test_a_folder_with_results_of_other_code_is_refused(tmp_path):
+    run = compose([f"results={tmp_path}", "sweep=s"])
+    _finished(run, code="000000000000")
+    with pytest.raises(ConfigError, match=r"other code \(000000000000, now .*another sweep=NAME"):
+        check_folder(tmp_path / "s", [run])
+
+
+def test_a_folder_with_results_at_another_budget_is_refused_naming_key_and_values(tmp_path):
+    _finished(compose([f"results={tmp_path}", "sweep=s", "budget.limits.flops=5.0"]))
+    with pytest.raises(ConfigError, match=r"budget.limits.flops \(5.0, here 7.0\).*another sweep=NAME"):
+        check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "budget.limits.flops=7.0"])])
+
+
+def test_an_algorithm_that_was_edited_is_refused_naming_what_changed(tmp_path):
+    _finished(compose([f"results={tmp_path}", "sweep=s"]))
+    with pytest.raises(ConfigError, match=r"algorithm.epochs \(1, here 2\)"):
+        check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "algorithm.epochs=2"])])
+
+
+def test_variants_of_an_algorithm_may_share_one_plan(tmp_path):
+    cells = _plan(f"results={tmp_path}", "sweep=s", "algorithm.epochs=1,2")
+    _finished(cells[0].config)
+    check_folder(tmp_path / "s", [cell.config for cell in cells])
+
+
+def test_more_seeds_and_other_algorithms_join_a_folder(tmp_path):
+    _finished(compose([f"results={tmp_path}", "sweep=s"]))
+    check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "algorithm=ppo"])])
+
+
+def test_a_plan_that_never_ran_stands_in_nobodys_way(tmp_path):
+    run = compose([f"results={tmp_path}", "sweep=s", "budget.limits.flops=5.0"])
+    freeze(tmp_path / "s", [Cell(run, None)])
+    check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "budget.limits.flops=7.0"])])
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_at_once_have_cores_of_their_own_and_one_more_waits(tmp_path):
+    waited = threading.Event()
+
+    def wait():
+        with slot(tmp_path, "cpu", 1):
+            waited.set()
+
+    with ExitStack() as held:
+        taken = [held.enter_context(slot(tmp_path, "cpu", 1)) for _ in range(parallel_cells("cpu", 1))]
+        cores = [core for units in taken for core in units]
+        assert sorted(map(int, cores)) == sorted(os.sched_getaffinity(0))
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not waited.wait(0.5)
+    assert waited.wait(30)
+    thread.join()
+
+
+def test_a_cell_of_more_threads_than_cores_still_runs(tmp_path):
+    assert parallel_cells("cpu", 10_000) == 1
+    with slot(tmp_path, "cpu", 10_000) as cores:
+        assert len(cores) == len(os.sched_getaffinity(0))
+
+
+# --- the real command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_cells_that_fail_or_are_killed_leave_the_others_alone_and_run_again_with_the_same_command(workplace):
+    arguments = ["-m", "sweep=s", "plugins=[mischief]", "algorithm=fails,dies,grpo_routing_replay,two_epochs"]
+    Path("fails").touch()
+    Path("dies").touch()
+    first = subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("results/s/sweep.json").exists() and first.poll() is None:
+        time.sleep(0.05)
+    # The plan is frozen: an edit now changes no cell.
+    Path("mine/algorithm/two_epochs.yaml").write_text("defaults:\n  - grpo\n  - _self_\nname: two_epochs\nepochs: 3\n")
+    output, errors = first.communicate(timeout=300)
+    assert first.returncode == 1, errors
+
+    runs = _runs("s")
+    assert {name: run["status"] for name, run in runs.items()} == {
+        "fails": "failed",
+        "dies": "failed",
+        "grpo_routing_replay": "skipped",
+        "two_epochs": "done",
+    }
+    assert runs["fails"]["reason"] == "RuntimeError: made to fail"
+    assert 'raise RuntimeError("made to fail")' in runs["fails"]["traceback"]
+    assert "SIGKILL" in runs["dies"]["reason"]
+    assert runs["two_epochs"]["budget"]["spent"]["updates"] == 8
+    (frozen,) = Path("results/s").glob("two_epochs-*/config.yaml")
+    assert "\n  epochs: 2\n" in frozen.read_text()
+
+    plan, _, progress = output.partition("4 cells in results/s: 3 to do, 1 skipped\n")
+    assert "nothing to replay" in re.sub(r"\s+", " ", plan)
+    assert "fails-tiny_dense-chain_sum-s0: failed" in progress and "    RuntimeError: made to fail\n" in progress
+    assert "4 cells: 2 failed, 1 done, 1 skipped" in progress
+
+    Path("mine/algorithm/two_epochs.yaml").write_text("defaults:\n  - grpo\n  - _self_\nname: two_epochs\nepochs: 2\n")
+    Path("fails").unlink()
+    Path("dies").unlink()
+    done = (frozen.parent / "run.json").read_bytes()
+    second = _run(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert [run["status"] for run in _runs("s").values()].count("done") == 3
+    assert (frozen.parent / "run.json").read_bytes() == done
+    litter = {path.name for path in Path("results/s").iterdir()} - {frozen.parent.name}
+    assert {name for name in litter if "-tiny_dense-" not in name} == {".lock", ".slots", "sweep.json"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_with_the_same_command(workplace):
+    arguments = ["-m", "sweep=s", "plugins=[mischief]", "algorithm=waits,two_epochs"]
+    Path("waits").touch()
+    command = subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (Path("waiting").exists() and _runs("s")["two_epochs"]["status"] == "done") and command.poll() is None:
+        time.sleep(0.05)
+    refused = _run(*arguments)
+    assert refused.returncode == 2 and f"process {command.pid}" in refused.stderr
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=120)
+    assert command.returncode == 130, errors
+    runs = _runs("s")
+    assert {name: run["status"] for name, run in runs.items()} == {"waits": "interrupted", "two_epochs": "done"}
+    assert effective_status({**runs["waits"], "status": "running"}) == "interrupted"  # its process is gone
+
+    Path("waits").unlink()
+    assert _run(*arguments).returncode == 0
+    assert {run["status"] for run in _runs("s").values()} == {"done"}
+
+
+@pytest.mark.slow
+def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
+    assert _run("algorithm=two_epochs").returncode == 0
+    (run_dir,) = Path("results/runs").iterdir()
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != ".lock"}
+    assert {"config.yaml", "run.json", "metrics.jsonl", "evaluations.jsonl"} <= before.keys()
+    again = _run("algorithm=two_epochs")
+    assert again.returncode == 0 and "1 cells: 1 done" in again.stdout
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algorithm=gpso"], "algorithm/gpso"),
+        (["sedd=1"], "sedd"),
+        (["algorithm=grpo_routing_replay"], "nothing to replay"),
+        (["budget.limits.updates=-1"], "budget.limits.updates"),
+        (["-m", "seed=0,1", "budget.limits.updates=0"], "budget.limits.updates"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_written(workplace, arguments, message):
+    refused = subprocess.run([sys.executable, "-m", "harness.run", *arguments], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert not Path("results").exists()
