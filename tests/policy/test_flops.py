@@ -1,0 +1,72 @@
+"""FLOPs from the architecture against torch's own counter, which sees every matrix product."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.policy.critic import Critic
+from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
+from harness.policy.logprobs import completion_logprobs
+from harness.config import compose
+from harness.rollout.embedded import EmbeddedEngine
+from tests.policy.conftest import make_batch
+
+
+@pytest.fixture
+def countable(model):
+    """The model with attention and experts as plain matrix products, all of which the counter knows."""
+    model.set_attn_implementation("eager")
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_forward_and_backward_of_the_policy(countable):
+    batch = make_batch(rows=8, width=24, equal=True)
+    cost = policy_cost(countable).batch(batch)
+    forward = counted(lambda: completion_logprobs(countable, batch, 1.0))
+    assert cost == pytest.approx(forward, rel=0.02)
+    both = counted(lambda: completion_logprobs(countable, batch, 1.0)[0].sum().backward())
+    assert (1 + BACKWARD) * cost == pytest.approx(both, rel=0.02)
+
+
+def test_forward_and_backward_of_the_critic(countable):
+    batch = make_batch(rows=8, width=24, equal=True)
+    critic = Critic(countable)
+    torch.nn.init.ones_(critic.head.weight)  # a zero head would send zeros back, which cost the same
+    cost = critic_cost(critic, countable.config).batch(batch)
+    assert cost == pytest.approx(counted(lambda: critic(batch)), rel=0.02)
+    assert (1 + BACKWARD) * cost == pytest.approx(counted(lambda: critic(batch).sum().backward()), rel=0.02)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_rollout(countable, group_size):
+    engine = EmbeddedEngine(countable, compose().rollout, eos=-1, pad=0, max_tokens=24)  # no sequence ends early
+    prompts = [list(range(3, 10))] * 4
+    results = []
+    flops = counted(
+        lambda: results.append(engine.generate(prompts, group_size, torch.Generator().manual_seed(0)))
+    )
+    batch = results[0]
+    expected = policy_cost(countable).sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
+    assert expected == pytest.approx(flops, rel=0.02)
+
+
+def test_padding_costs_nothing(model):
+    batch = make_batch()
+    cost = policy_cost(model)
+    alone = sum(cost.batch(batch.select(torch.tensor([row]))) for row in range(len(batch.mask)))
+    assert cost.batch(batch) == pytest.approx(alone)
+
+
+def test_active_parameters_count_experts_as_often_as_they_are_chosen(moe):
+    experts = sum(p.numel() for name, p in moe.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in moe.parameters())
+    assert experts > total / 2
+    assert active_parameters(moe) == total - experts + experts * 4 // 32
