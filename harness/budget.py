@@ -23,18 +23,27 @@ class Meter:
     def __init__(self, config: BudgetConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.spent: dict[str, float] = dict.fromkeys(BUDGET_AXES, 0.0)
+        self._paused = 0.0
         self.phases: dict[str, dict[str, float]] = {name: {"seconds": 0.0, "flops": 0.0} for name in PHASES}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time of the block, with the device synchronised at both ends; one device is held."""
-        self._synchronize()
-        started = time.perf_counter()
+        started = self._now()
+        self._paused = 0.0
+        try:
+            yield
+        finally:
+            seconds = self._now() - started - self._paused
+            self.phases[name]["seconds"] += seconds
+            self.spent["device_seconds"] += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside of a phase: what only measures is not charged."""
+        started = self._now()
         yield
-        self._synchronize()
-        seconds = time.perf_counter() - started
-        self.phases[name]["seconds"] += seconds
-        self.spent["device_seconds"] += seconds
+        self._paused += self._now() - started
 
     def charge_flops(self, phase: str, flops: float) -> None:
         """Add model FLOPs to a phase."""
@@ -69,6 +78,8 @@ class Meter:
         """Continue from a checkpoint."""
         self.spent, self.phases = state["spent"], state["phases"]
 
-    def _synchronize(self) -> None:
+    def _now(self) -> float:
+        """Seconds, once the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,6 +1,7 @@
 """What a rollout batch is judged by before the update: old and reference log-probabilities, values, advantages."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -60,16 +61,20 @@ class Judge:
         routing = Routing(self.policy)
         moe = bool(routing.routers)
         routes: list[Tensor] = []
+        # Replay pays for its recording; without it the routes are kept for a metric alone.
+        recording = self.meter.paused if self.config.algorithm.routing_replay == "disabled" else nullcontext
 
         def forward(micro: Batch) -> Tensor:
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
             if moe:
-                routes.append(routing.choices(len(micro.mask)))
+                with recording():
+                    routes.append(routing.choices(len(micro.mask)))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():
             logprobs = self._in_micro_batches(forward, batch)
-            recorded = self._assemble_routes(batch, routes) if moe else None
+            with recording():
+                recorded = self._assemble_routes(batch, routes) if moe else None
         self.meter.charge_flops("old_logprobs", self.policy_cost.batch(batch))
         return logprobs, recorded
 
@@ -78,7 +83,9 @@ class Judge:
             return None
         reference, temperature = self.reference, self.config.rollout.temperature
         with self.meter.phase("reference"):
-            logprobs = self._in_micro_batches(lambda micro: completion_logprobs(reference, micro, temperature)[0], batch)
+            logprobs = self._in_micro_batches(
+                lambda micro: completion_logprobs(reference, micro, temperature)[0], batch
+            )
         self.meter.charge_flops("reference", self.policy_cost.batch(batch))
         return logprobs
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.algorithms.advantages import group_statistics
+from harness.algorithms.advantages import all_equal, group_statistics
 from harness.algorithms.value import explained_variance
 from harness.budget import Meter
 from harness.config import RunConfig
@@ -16,6 +16,7 @@ from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
 from harness.policy.loading import load_policy, weights_hash
+from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import routers
 from harness.rollout.batch import Batch
 from harness.rollout.embedded import EmbeddedEngine
@@ -33,12 +34,13 @@ def train(config: RunConfig, directory: RunDirectory) -> None:
     """Train until the budget is spent, from the start or from the directory's checkpoint.
 
     Raises:
-        ConfigError: before any compute, for a model, prompt or disk that cannot do.
+        ConfigError: for a model or disk that cannot do, before any compute, and for a prompt that is too long.
         Diverged: for a loss or gradient that is not finite; what was measured is in metrics.jsonl.
     """
     trainer = Trainer(config, directory)
     trainer.resume()
-    trainer.evaluate_reached(trainer.snapshot())
+    trainer.warm_up()
+    trainer.evaluate_reached(trainer.inside)
     while trainer.meter.fraction < 1:
         trainer.step()
     trainer.finish()
@@ -58,10 +60,8 @@ class Trainer:
         reference = copy.deepcopy(self.policy) if self.algorithm.kl.coefficient > 0 else None
         self.policy_cost = policy_cost(self.policy)
         self.critic_cost = critic_cost(self.critic, self.policy.config) if self.critic else None
-        self.judge = Judge(
-            config, self.meter, self.policy, self.policy_cost, reference, self.critic, self.critic_cost
-        )
-        self.policy_updater = PolicyUpdater(self.policy, config)
+        self.judge = Judge(config, self.meter, self.policy, self.policy_cost, reference, self.critic, self.critic_cost)
+        self.policy_updater = PolicyUpdater(self.policy, config, self.meter.paused)
         self.critic_updater = CriticUpdater(self.critic, config) if self.critic else None
         self.engine = EmbeddedEngine(
             self.policy,
@@ -81,8 +81,8 @@ class Trainer:
     def _check_model(self) -> None:
         if self.algorithm.routing_replay != "disabled" and not routers(self.policy):
             raise ConfigError(
-                f"algorithm.routing_replay={self.algorithm.routing_replay}: {type(self.policy).__name__} has no router that "
-                "is known (a module named …TopKRouter), so nothing would be replayed; set it to disabled"
+                f"algorithm.routing_replay={self.algorithm.routing_replay}: {type(self.policy).__name__} has no router "
+                "that is known (a module named …TopKRouter), so nothing would be replayed; set it to disabled"
             )
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
         self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
@@ -91,7 +91,7 @@ class Trainer:
 
     def step(self) -> None:
         """Task -> rollout -> reward -> advantage -> objective -> update -> meter -> run directory."""
-        before, phases_before = self.snapshot(), copy.deepcopy(self.meter.phases)
+        before, phases_before = self.inside, copy.deepcopy(self.meter.phases)
         problems = self.prompts.take(self.config.prompts_per_batch)
         batch = self._rollout(problems)
         rewards = self._reward(problems, batch)
@@ -121,8 +121,8 @@ class Trainer:
         for problem, prompt in zip(problems, prompts, strict=True):
             if len(prompt) > self.config.task.max_prompt_tokens:
                 raise ConfigError(
-                    f"task.max_prompt_tokens={self.config.task.max_prompt_tokens}: a prompt has {len(prompt)} tokens; raise "
-                    f"the limit, or leave this prompt out of the data: {problem.prompt[:80]!r}"
+                    f"task.max_prompt_tokens={self.config.task.max_prompt_tokens}: a prompt has {len(prompt)} tokens; "
+                    f"raise the limit, or leave this prompt out of the data: {problem.prompt[:80]!r}"
                 )
         group_size = self.algorithm.completions_per_prompt
         with self.meter.phase("rollout"):
@@ -149,12 +149,15 @@ class Trainer:
         passes = self.algorithm.epochs * (1 + BACKWARD)
         with self.meter.phase("update"):
             metrics = self.policy_updater.update(batch, targets, self._generator("minibatches"))
-        self.meter.charge_flops("update", passes * self.policy_cost.batch(batch))
+        recomputed = self.policy_cost.head * self.policy_updater.recomputed
+        self.meter.charge_flops("update", passes * self.policy_cost.batch(batch) + recomputed)
         self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
         extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
         if self.critic_updater and self.critic_cost:
             assert targets.old_values is not None and targets.returns is not None
-            extra["critic/explained_variance"] = float(explained_variance(targets.old_values, targets.returns, batch.mask))
+            extra["critic/explained_variance"] = float(
+                explained_variance(targets.old_values, targets.returns, batch.mask)
+            )
             with self.meter.phase("critic"):
                 metrics.update(self.critic_updater.update(batch, targets, self._generator("minibatches")))
             self.meter.charge_flops("critic", passes * self.critic_cost.batch(batch))
@@ -165,10 +168,11 @@ class Trainer:
     def _batch_metrics(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
         _, std = group_statistics(rewards, batch.group_ids)
         ended = (batch.completions == self.tokenizer.eos_token_id).mul(batch.mask).sum(1) > 0
-        return {
+        grouped = self.algorithm.completions_per_prompt > 1
+        zero_std = {"reward/zero_std_fraction": float(all_equal(rewards, std).float().mean())} if grouped else {}
+        return zero_std | {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std(correction=1)),
-            "reward/zero_std_fraction": float((std == 0).float().mean()),
             "completion/length_mean": float(batch.completion_lengths.float().mean()),
             "completion/truncated_fraction": float((~ended).float().mean()),
         }
@@ -200,8 +204,8 @@ class Trainer:
         """
         while self.evaluated < len(self.fractions) and self.meter.fraction >= self.fractions[self.evaluated]:
             fraction = self.fractions[self.evaluated]
-            state = before if self.meter.fraction > fraction else self.snapshot()
             now = self.snapshot()
+            state = before if self.meter.fraction > fraction else now
             self.policy.load_state_dict(state["weights"])
             where = {"fraction": fraction, "step": state["step"]}
             costs = {f"budget/{axis}": amount for axis, amount in state["spent"].items()}
@@ -253,13 +257,23 @@ class Trainer:
         self.directory.truncate(state["lines"])
         self.inside = self.snapshot()
 
+    def warm_up(self) -> None:
+        """Do everything once, uncharged and without an optimizer step: start-up must not fall into the first step."""
+        problems = PromptStream(self.config.task, self.config.seed, "train").take(2)
+        prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
+        batch = self.engine.generate(prompts, 2, self._generator("warm-up"))
+        self.verify("", problems[0])
+        logprobs, _ = completion_logprobs(self.policy, batch, self.config.rollout.temperature)
+        logprobs.sum().backward()
+        self.policy.zero_grad(set_to_none=True)
+
     def _describe(self, initial_weights: str) -> None:
         provenance = self.directory.read_status().get("provenance", {})
         known = provenance.get("initial_weights", initial_weights)
         if known != initial_weights:
             raise ConfigError(
-                f"model {self.config.model.name}: this run began from other weights ({known[:12]}, now {initial_weights[:12]}); "
-                "restore them, or start afresh with another sweep=NAME"
+                f"model {self.config.model.name}: this run began from other weights ({known[:12]}, now "
+                f"{initial_weights[:12]}); restore them, or start afresh with another sweep=NAME"
             )
         self.directory.update_status(
             provenance=provenance | {"initial_weights": initial_weights},

@@ -1,7 +1,9 @@
 """The update: the optimizer steps that follow one rollout batch, the same code for every algorithm."""
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from harness.algorithms.value import value_loss
 from harness.config import OptimizerConfig, RunConfig
 from harness.errors import Diverged
 from harness.policy.critic import Critic
-from harness.policy.logprobs import completion_logprobs
+from harness.policy.logprobs import completion_logprobs, recomputes
 from harness.policy.routing import Routing, changes
 from harness.rollout.batch import Batch
 
@@ -42,7 +44,7 @@ class Targets:
         return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
 
 
-class Updater:
+class Updater(ABC):
     """A network and its optimizer; subclasses say what its loss is."""
 
     prefix = ""  # of its metrics' names
@@ -80,9 +82,9 @@ class Updater:
                 self._step(loss, metrics)
         return metrics
 
+    @abstractmethod
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         """Gradients of one optimizer batch, the given rows; returns its loss."""
-        raise TypeError("an Updater has no loss of its own")
 
     def micro_batches(self, batch: Batch, targets: Targets, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Targets]]:
         """Rows, batch and targets of each micro-batch; sequences of like length share one, which saves padding."""
@@ -150,9 +152,24 @@ class CriticUpdater(Updater):
 class PolicyUpdater(Updater):
     """Improves the policy by the algorithm's objective."""
 
-    def __init__(self, policy: PreTrainedModel, config: RunConfig) -> None:
-        super().__init__(policy, config, config.algorithm.optimizer.learning_rate, config.algorithm.optimizer.max_grad_norm)
-        self.policy = policy
+    def __init__(
+        self, policy: PreTrainedModel, config: RunConfig, uncharged: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """
+        Args:
+            policy: the network.
+            config: the run.
+            uncharged: a context for what only measures.
+        """
+        super().__init__(
+            policy, config, config.algorithm.optimizer.learning_rate, config.algorithm.optimizer.max_grad_norm
+        )
+        self.policy, self.uncharged = policy, uncharged
+        self.recomputed = 0.0  # tokens of the latest rollout batch whose logits were computed again in backward passes
+
+    def update(self, batch: Batch, targets: Targets, generator: torch.Generator) -> Metrics:
+        self.recomputed = 0.0
+        return super().update(batch, targets, generator)
 
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         weights = torch.zeros_like(batch.mask)
@@ -164,7 +181,9 @@ class PolicyUpdater(Updater):
             total += self._micro_backward(micro, judged, micro_weights, tokens, metrics)
         return total
 
-    def _micro_backward(self, micro: Batch, targets: Targets, weights: Tensor, tokens: Tensor, metrics: Metrics) -> Tensor:
+    def _micro_backward(
+        self, micro: Batch, targets: Targets, weights: Tensor, tokens: Tensor, metrics: Metrics
+    ) -> Tensor:
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
         routing = Routing(self.policy, None if algorithm.routing_replay == "disabled" else targets.routes)
@@ -184,9 +203,13 @@ class PolicyUpdater(Updater):
                 loss = loss - bonus * entropy.sum() / tokens
             # The batch's first step still has the old policy's weights: it would only measure rounding.
             if targets.routes is not None and self.updates % (algorithm.epochs * algorithm.minibatches):
-                _expert_changes(routing.native, micro, targets.routes, metrics, ("expert", "token"))
-                _expert_changes(routing.used, micro, targets.routes, metrics, ("used_expert",))
+                with self.uncharged():
+                    _expert_changes(routing.native, micro, targets.routes, metrics, ("expert", "token"))
+                    _expert_changes(routing.used, micro, targets.routes, metrics, ("used_expert",))
             loss.backward()
+        tokens_here = int(micro.completion_lengths.sum())
+        if recomputes(self.policy.get_output_embeddings(), tokens_here):
+            self.recomputed += tokens_here
         metrics.update(loss_metrics)
         metrics.mean("entropy", entropy.detach().sum(), micro.mask.sum())
         return loss.detach()
@@ -197,7 +220,7 @@ class PolicyUpdater(Updater):
 
         The steps before it are measured for free in the forward pass of the step that follows each; this one has none.
         """
-        rows = torch.arange(self.config.minibatch_size, device=batch.mask.device)
+        rows = torch.arange(0, len(batch.mask), self.config.algorithm.minibatches, device=batch.mask.device)
         for micro_rows in rows.split(self.config.model.micro_batch_sequences):
             micro = batch.select(micro_rows)
             routing = Routing(self.policy)
@@ -205,11 +228,11 @@ class PolicyUpdater(Updater):
                 completion_logprobs(self.policy, micro, self.config.rollout.temperature)
             old = routes[micro_rows, : micro.input_ids.shape[1]]
             _expert_changes(routing.native, micro, old, metrics, ("expert", "token"))
+            if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same
+                _expert_changes(routing.native, micro, old, metrics, ("used_expert",))
 
 
-def _expert_changes(
-    new: list[Tensor], micro: Batch, routes: Tensor, metrics: Metrics, names: tuple[str, ...]
-) -> None:
+def _expert_changes(new: list[Tensor], micro: Batch, routes: Tensor, metrics: Metrics, names: tuple[str, ...]) -> None:
     """Compare choices at the positions that completion tokens are predicted from; the second name counts tokens."""
     positions = micro.positions()
     old = routes[positions]

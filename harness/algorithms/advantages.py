@@ -2,12 +2,12 @@
 
 A registered advantage is called once for a rollout batch as
 ``fn(rewards, group_ids, mask, values, **settings) -> (advantages, returns)`` with
-``rewards`` [B, T] (what each completion token earned; an outcome reward sits on the last valid token), ``group_ids`` [B]
-(equal for the completions of one prompt), ``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T];
+``rewards`` [B, T] (what each completion token earned; an outcome reward sits on the last valid token), ``group_ids``
+[B] (equal for the completions of one prompt), ``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T];
 ``returns`` [B, T] is the critic's target, None where there is no critic.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor
     return mean.masked_fill(alone, 0.0)[index], std.masked_fill(alone, 1.0)[index]
 
 
+def all_equal(rewards: Tensor, std: Tensor) -> Tensor:
+    """[B] whether the rewards of each completion's group are equal but for rounding; ``std`` [B] is the group's."""
+    return std <= 1e-6 * rewards.abs().clamp(min=1.0)
+
+
 def group_advantages(rewards: Tensor, group_ids: Tensor, config: "AlgorithmConfig") -> Tensor:
     """Advantages relative to the group, one a completion.
 
@@ -64,16 +69,21 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, config: "AlgorithmConfi
 
 @register("advantage", "group")
 def group(
-    rewards: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None, *, scale: str, epsilon: float
+    rewards: Tensor,
+    group_ids: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    *,
+    scale: Literal["std", "none"],
+    epsilon: float,
 ) -> tuple[Tensor, None]:
-    """(r - mean) / (std + epsilon) with ``scale: std`` (GRPO, arXiv 2402.03300); r - mean with ``scale: none`` (Dr. GRPO)."""
+    """``scale: std``: (r - mean) / (std + epsilon) (GRPO, arXiv 2402.03300); ``scale: none``: r - mean (Dr. GRPO)."""
     totals = (rewards * mask).sum(1)
     mean, std = group_statistics(totals, group_ids)
     advantages = totals - mean
     if scale == "std":
         # Rounding in the mean leaves about 1e-8 where all rewards are equal, which a tiny std would blow up.
-        equal = std <= 1e-6 * totals.abs().clamp(min=1.0)
-        advantages = (advantages / (std + epsilon)).masked_fill(equal, 0.0)
+        advantages = (advantages / (std + epsilon)).masked_fill(all_equal(totals, std), 0.0)
     return advantages.unsqueeze(1) * mask, None
 
 
@@ -107,7 +117,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
+def whitened(values: Tensor, mask: Tensor) -> Tensor:
     """Centre and scale [B, T] over the valid positions, unbiased variance, ``rsqrt(var + 1e-8)``."""
     valid = values[mask.bool()]
     variance = valid.var(correction=1) if valid.numel() > 1 else torch.ones_like(valid.sum())
@@ -120,7 +130,4 @@ def gae_advantage(
 ) -> tuple[Tensor, Tensor]:
     """GAE from the critic's values; returns are taken before whitening (PPO)."""
     advantages, returns = gae(rewards, values, mask, gamma, lam)
-    return (_whiten(advantages, mask) if whiten else advantages), returns
-
-
-_whiten = whiten  # the setting of the same name hides it above
+    return (whitened(advantages, mask) if whiten else advantages), returns

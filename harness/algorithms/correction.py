@@ -4,9 +4,12 @@ A registered correction is called as ``fn(log_ratio, mask, **settings) -> weight
 old_logprobs - rollout_logprobs and ``weights`` [B, T]. Weights carry no gradient and multiply the policy loss alone.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from harness.algorithms.divergence import LOG_RATIO_BOUND, kl_divergence
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.registry import register
 
@@ -18,13 +21,13 @@ def none(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 @register("correction", "truncate")
-def truncate(log_ratio: Tensor, mask: Tensor, *, level: str, cap: float) -> Tensor:
+def truncate(log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], cap: float) -> Tensor:
     """Truncated importance sampling: min(w, cap), ``level`` token or sequence (TIS)."""
     return _weights(log_ratio, mask, level).clamp(max=cap)
 
 
 @register("correction", "mask")
-def band(log_ratio: Tensor, mask: Tensor, *, level: str, low: float, high: float) -> Tensor:
+def band(log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], low: float, high: float) -> Tensor:
     """w inside [low, high] and 0 outside, ``level`` token or sequence (IcePop, arXiv 2510.18855)."""
     weights = _weights(log_ratio, mask, level)
     return torch.where((weights >= low) & (weights <= high), weights, torch.zeros_like(weights))
@@ -34,7 +37,7 @@ def _weights(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
     log_ratio = log_ratio * mask
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
-    return log_ratio.clamp(-20, 20).exp()
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
 def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Metrics:
@@ -44,5 +47,5 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
     metrics = Metrics()
     metrics.mean("mismatch/logprob_abs_mean", log_ratio.abs().sum(), count)
     metrics.maximum("mismatch/logprob_abs_max", log_ratio.abs().max())
-    metrics.mean("mismatch/kl", (log_ratio.exp() - 1 - log_ratio).mul(mask).sum(), count)
+    metrics.mean("mismatch/kl", (kl_divergence(rollout_logprobs, old_logprobs, "k3") * mask).sum(), count)
     return metrics

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# exp(20) is 5e8: far past any clip range, and far from the overflow of float32.
+LOG_RATIO_BOUND = 20.0
+
 
 def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy, reference), in nats.
@@ -15,7 +18,7 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
     Returns:
         [B, T].
     """
-    log_ratio = logprobs - ref_logprobs
+    log_ratio = (logprobs - ref_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":

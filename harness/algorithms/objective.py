@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.correction import mismatch_metrics
-from harness.algorithms.divergence import kl_divergence
+from harness.algorithms.divergence import LOG_RATIO_BOUND, kl_divergence
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.registry import part, register
 
 if TYPE_CHECKING:
     from harness.config import AlgorithmConfig
-
-# exp(20) is 5e8: far past any clip range, and far from the overflow of float32.
-LOG_RATIO_BOUND = 20.0
 
 
 def policy_loss(
@@ -48,11 +45,18 @@ def policy_loss(
         ref_logprobs: [B, T] under the reference policy; needed where the KL penalty is in the loss.
 
     Returns:
-        the scalar loss, and metrics by name (NUMERICS: clip fractions, ratios).
+        the scalar loss, and metrics by name (clip fractions, ratios).
     """
     weights = aggregation_weights(mask, config)
     loss, metrics = weighted_policy_loss(
-        logprobs, old_logprobs, advantages, mask, weights, config, rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        weights,
+        config,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
     )
     return loss, metrics.compute()
 
@@ -93,8 +97,8 @@ def weighted_policy_loss(
     loss = torch.where(mask.bool(), element_loss * weights, torch.zeros_like(element_loss)).sum()
 
     metrics = _ratio_metrics(ratio.detach(), low, high, outside, mask)
-    log_change = torch.where(mask.bool(), (logprobs - old_logprobs).detach(), torch.zeros_like(ratio))
-    metrics.mean("kl/policy_old", (log_change.exp() - 1 - log_change).sum(), mask.sum())
+    kl_old = kl_divergence(old_logprobs, logprobs.detach(), "k3")
+    metrics.mean("kl/policy_old", torch.where(mask.bool(), kl_old, torch.zeros_like(kl_old)).sum(), mask.sum())
     if rollout_logprobs is not None:
         metrics.update(mismatch_metrics(old_logprobs, rollout_logprobs, mask))
     if ref_logprobs is not None:

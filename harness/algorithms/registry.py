@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.errors import ConfigError
 
@@ -24,7 +24,7 @@ def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
     Args:
         kind: advantage, ratio, surrogate, aggregation or correction.
         name: what the configuration calls it.
-        traits: facts that validation reads, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
+        traits: facts for validation, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
 
     Raises:
         ValueError: for an unknown kind or a name that is taken.
@@ -70,13 +70,21 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
         if setting not in expected:
             raise ConfigError(f"{key}.{setting}: '{name}' has no such setting; it takes {listing}")
         if not _fits(value, expected[setting]):
-            raise ConfigError(f"{key}.{setting}={value!r}: expected {expected[setting]}")
+            raise ConfigError(f"{key}.{setting}={value!r}: expected {_says(expected[setting])}")
     for setting in expected:
         if setting not in config:
             raise ConfigError(f"{key}.{setting} is absent: '{name}' takes {listing}")
 
 
+def _says(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return getattr(hint, "__name__", str(hint))
+
+
 def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if isinstance(hint, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if hint is None or hint is NoneType:

@@ -1,8 +1,8 @@
 """Floating-point operations counted from the architecture, as model FLOPs: padding costs none.
 
-A multiply and an add are two operations. Every weight matrix costs two operations a token and entry, an expert's as often
-as the router chooses it; attention costs the full square of a sequence's length, as it does in the usual counts (a
-triangular kernel would save up to half). The backward pass costs twice the forward.
+A multiply and an add are two operations. Every weight matrix costs two operations a token and entry, an expert's as
+often as the router chooses it; attention costs the full square of a sequence's length, as it does in the usual counts
+(a triangular kernel would save up to half). The backward pass costs twice the forward.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class ForwardCost:
         return self.full(prompts, len(prompts)) + float(decode)
 
 
-def forward_cost(network: nn.Module, head: nn.Module, config: PretrainedConfig) -> ForwardCost:
+def forward_cost(network: nn.Module, head: nn.Linear, config: PretrainedConfig) -> ForwardCost:
     """The cost of a decoder and its head.
 
     Args:
@@ -70,7 +70,7 @@ def forward_cost(network: nn.Module, head: nn.Module, config: PretrainedConfig) 
 
 def policy_cost(model: PreTrainedModel) -> ForwardCost:
     """The cost of a policy's forward pass."""
-    return forward_cost(decoder(model), model.lm_head, model.config)
+    return forward_cost(decoder(model), model.get_output_embeddings(), model.config)
 
 
 def critic_cost(critic: Critic, config: PretrainedConfig) -> ForwardCost:

@@ -40,8 +40,23 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
+    _check_head(model, path)
     # Dropout would make the old policy's log-probabilities a different draw from the new one's.
-    return model.to(device).eval(), tokenizer
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, path: str) -> None:
+    """Refuse models whose logits are more than a linear head on the decoder: ours would not be their probabilities."""
+    input_ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
+    states = decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    if head is None or not torch.allclose(head(states), model(input_ids=input_ids).logits, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"model.path={path}: {type(model).__name__} scales or caps its logits after the output layer, which the "
+            "trainer's log-probabilities do not; choose a model of another architecture"
+        )
 
 
 def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -70,7 +85,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

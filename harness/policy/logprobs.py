@@ -35,31 +35,44 @@ def completion_logprobs(
     """
     states = completion_states(decoder(model), batch)
     valid = batch.mask.bool()
-    logprobs, entropy = token_logprobs(states, model.lm_head, batch.completions[valid], temperature, entropy_gradient)
+    logprobs, entropy = token_logprobs(
+        states, model.get_output_embeddings(), batch.completions[valid], temperature, entropy_gradient
+    )
     zeros = torch.zeros_like(batch.mask)
     return zeros.masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
 
 
 def token_logprobs(
-    states: Tensor, head: nn.Module, tokens: Tensor, temperature: float, entropy_gradient: bool = False
+    states: Tensor, head: nn.Linear, tokens: Tensor, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of ``tokens`` [N] and entropies [N], from hidden states [N, H].
 
     At most :data:`CHUNK_ELEMENTS` logits exist at a time: where there are more, chunks are computed again in the
     backward pass instead of being held.
     """
-    size = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    if len(states) <= size:
+    size = _chunk_size(head)
+    if not recomputes(head, len(states)):
         return _chunk(states, head, tokens, temperature, entropy_gradient)
     parts = [
-        checkpoint(_chunk, states[i : i + size], head, tokens[i : i + size], temperature, entropy_gradient, use_reentrant=False)
+        checkpoint(
+            _chunk, states[i : i + size], head, tokens[i : i + size], temperature, entropy_gradient, use_reentrant=False
+        )
         for i in range(0, len(states), size)
     ]
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
+def recomputes(head: nn.Linear, tokens: int) -> bool:
+    """Whether the backward pass over this many tokens computes their logits once more, which costs another forward."""
+    return tokens > _chunk_size(head)
+
+
+def _chunk_size(head: nn.Linear) -> int:
+    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+
+
 def _chunk(
-    states: Tensor, head: nn.Module, tokens: Tensor, temperature: float, entropy_gradient: bool
+    states: Tensor, head: nn.Linear, tokens: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     with autocast(states.device):
         logits = head(states)

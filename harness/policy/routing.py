@@ -1,8 +1,8 @@
 """Record, replay and compare expert choices of mixture-of-experts models.
 
-Only the chosen expert indices are kept. On replay each router computes its weights from its current logits at the recorded
-indices, by its own arithmetic: while its forward runs, its `torch.topk` is answered with the recorded choice. Router
-weights keep their gradient, and where the model renormalises the chosen weights it still does.
+Only the chosen expert indices are kept. On replay each router computes its weights from its current logits at the
+recorded indices, by its own arithmetic: while its forward runs, its `torch.topk` is answered with the recorded choice.
+Router weights keep their gradient, and where the model renormalises the chosen weights it still does.
 """
 
 from collections.abc import Iterator

@@ -50,7 +50,9 @@ class Batch:
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
-def join(prompts: list[list[int]], completions: Tensor, mask: Tensor, rollout_logprobs: Tensor, group_ids: Tensor, pad: int) -> Batch:
+def join(
+    prompts: list[list[int]], completions: Tensor, mask: Tensor, rollout_logprobs: Tensor, group_ids: Tensor, pad: int
+) -> Batch:
     """A batch from prompts (one a completion), completions [B, T], their mask and log-probabilities."""
     lengths = mask.sum(1).long()
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -60,4 +62,6 @@ def join(prompts: list[list[int]], completions: Tensor, mask: Tensor, rollout_lo
         input_ids[row, : len(prompt)] = torch.tensor(prompt)
         input_ids[row, len(prompt) : end] = completions[row, : lengths[row] - 1]
     width = int(lengths.max())
-    return Batch(input_ids, prompt_lengths, completions[:, :width], mask[:, :width], group_ids, rollout_logprobs[:, :width])
+    return Batch(
+        input_ids, prompt_lengths, completions[:, :width], mask[:, :width], group_ids, rollout_logprobs[:, :width]
+    )

@@ -1,8 +1,8 @@
 """The embedded engine: sampling with transformers in the training process.
 
-Each prompt is read once for its whole group, finished sequences leave the batch at once, and log-probabilities are taken
-from the logits that the tokens are drawn from. The random numbers of a completion depend on (seed, step, its place in the
-rollout batch) alone: never on the algorithm, on other completions or on how many are decoded at once.
+Each prompt is read once for its whole group, finished sequences leave the batch at once, and log-probabilities are
+taken from the logits that the tokens are drawn from. The random numbers of a completion depend on (seed, step, its
+place in the rollout batch) alone: never on the algorithm, on other completions or on how many are decoded at once.
 """
 
 import torch
@@ -59,7 +59,13 @@ class EmbeddedEngine:
         return batch.to(self.device)
 
     def _decode(
-        self, prompts: list[list[int]], group_size: int, noise: Tensor, completions: Tensor, logprobs: Tensor, mask: Tensor
+        self,
+        prompts: list[list[int]],
+        group_size: int,
+        noise: Tensor,
+        completions: Tensor,
+        logprobs: Tensor,
+        mask: Tensor,
     ) -> None:
         """Fill the rows of one chunk, in place."""
         width = max(map(len, prompts))
@@ -74,7 +80,9 @@ class EmbeddedEngine:
         cache.batch_repeat_interleave(group_size)
         logits = logits.repeat_interleave(group_size, 0)
         # Room for every later token: the mask of a step is a view of this one.
-        attention = torch.cat([attention, attention.new_ones(len(prompts), self.max_tokens)], 1).repeat_interleave(group_size, 0)
+        attention = torch.cat([attention, attention.new_ones(len(prompts), self.max_tokens)], 1).repeat_interleave(
+            group_size, 0
+        )
         positions = lengths.repeat_interleave(group_size)
         active = torch.arange(len(positions), device=self.device)
         for step in range(self.max_tokens):

@@ -34,7 +34,7 @@ def load_runs(path: PathLike) -> pd.DataFrame:
 
     Returns:
         Columns sweep, run, label, algorithm, model, task, seed, status, reason, budget_axis, budget_limit, step and the
-        metrics (units as in NUMERICS.md: seconds, FLOPs, nats; NaN where not finite). A cell without metrics has one
+        metrics (in seconds, FLOPs and nats; NaN where not finite). A cell without metrics has one
         row, its step NaN.
 
     Raises:

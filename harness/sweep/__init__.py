@@ -5,7 +5,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from harness.sweep import slots  # noqa: F401  (registers the resolver that conf/hydra/launcher/joblib.yaml uses)
+from harness.sweep import slots  # noqa: F401  (registers the resolver that conf/hydra/launcher/parallel.yaml uses)
 
 
 class SweepCallback(Callback):

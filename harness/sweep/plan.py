@@ -16,10 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, check, equal_part, typed
+from harness.config import CELL_KEYS, RunConfig, equal_part, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.provenance import code_fingerprint
+from harness.validation import check
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 def parallel_cells(device: str, threads: int) -> int:
     """Cells that run at once on this machine: one for every `threads` CPU cores, or one for every GPU."""
     if device == "auto":
-        from harness.config import resolve_device
+        from harness.validation import resolve_device
 
         device = resolve_device(device)
     return len(_slots(device, threads))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.algorithms.advantages import gae, group_advantages, place_rewards, whiten
+from harness.algorithms.advantages import gae, group_advantages, place_rewards, whitened
 from harness.algorithms.registry import part
 from harness.algorithms.value import explained_variance, value_loss
 from harness.config import compose
@@ -70,7 +70,7 @@ def test_gae_passes_over_masked_positions_in_between():
 
 def test_whitened_advantages_have_mean_zero_and_unbiased_variance_one():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    white = whiten(torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), mask)
+    white = whitened(torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), mask)
     valid = white[mask.bool()]
     assert valid.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert valid.var(correction=1).item() == pytest.approx(1.0, rel=1e-5)
@@ -91,7 +91,7 @@ def test_outcome_rewards_sit_on_the_last_valid_token():
 
 
 def test_clipped_value_loss_by_hand():
-    # Old value 0, clip 0.2. Value 1 with return 1: clipped to 0.2, error 0.8^2. Value 0.1 with return 0: 0.1^2 either way.
+    # Old value 0, clip 0.2. Value 1, return 1: clipped to 0.2, error 0.8^2. Value 0.1, return 0: 0.1^2 either way.
     values = torch.tensor([[1.0, 0.1, 5.0]], requires_grad=True)
     loss, clipped = value_loss(
         values, torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]), 0.2

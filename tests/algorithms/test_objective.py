@@ -31,7 +31,7 @@ def from_ratios(ratios, advantages, mask=None):
 
 
 def test_grpo_loss_by_hand():
-    # Sequence 1 (A = 1): 1.1, 1.5 -> 1.1 and the clipped 1.27. Sequence 2 (A = -2): 0.9, 0.5 -> 0.9 and the clipped 0.8.
+    # Sequence 1 (A = 1): 1.1, 1.5 -> 1.1 and the clipped 1.27. Sequence 2 (A = -2): 0.9, 0.5 -> 0.9 and clipped 0.8.
     logprobs, old, advantages, mask = from_ratios([[1.1, 1.5], [0.9, 0.5]], [1.0, -2.0])
     loss, metrics = policy_loss(logprobs, old, advantages, mask, GRPO)
     expected = (-(1.1 + 1.27) / 2 + 2 * (0.9 + 0.8) / 2) / 2
@@ -182,9 +182,7 @@ def test_the_loss_does_not_depend_on_the_micro_batches(seed, pieces, name):
     assert gathered.compute() == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)]
-)
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)])
 def test_kl_penalty_by_hand(estimator, expected):
     config = variant(GRPO, kl=type(GRPO.kl)(estimator=estimator, coefficient=2.0, placement="loss"))
     logprobs = torch.tensor([[-1.0]])
@@ -216,9 +214,7 @@ def test_corrections_multiply_the_policy_loss_and_not_the_penalty():
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(math.log(3))
     assert metrics["mismatch/kl"] == pytest.approx(3 - 1 - math.log(3))
     masked = variant(GRPO, correction={"name": "mask", "level": "sequence", "low": 0.5, "high": 2.0})
-    loss, _ = policy_loss(
-        old, old, torch.ones(1, 1), torch.ones(1, 1), masked, rollout_logprobs=old - math.log(3)
-    )
+    loss, _ = policy_loss(old, old, torch.ones(1, 1), torch.ones(1, 1), masked, rollout_logprobs=old - math.log(3))
     assert loss.item() == 0.0
 
 

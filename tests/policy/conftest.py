@@ -44,4 +44,6 @@ def make_batch(rows=6, width=9, seed=0, equal=False):
     ]
     mask = (torch.arange(width) < lengths.unsqueeze(1)).float()
     completions = torch.randint(3, 20, (rows, width), generator=generator)
-    return join([prompt.tolist() for prompt in prompts], completions, mask, torch.zeros(rows, width), torch.arange(rows), 0)
+    return join(
+        [prompt.tolist() for prompt in prompts], completions, mask, torch.zeros(rows, width), torch.arange(rows), 0
+    )

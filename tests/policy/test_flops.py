@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.config import compose
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
 from harness.policy.logprobs import completion_logprobs
-from harness.config import compose
 from harness.rollout.embedded import EmbeddedEngine
 from tests.policy.conftest import make_batch
 
@@ -50,9 +50,7 @@ def test_rollout(countable, group_size):
     engine = EmbeddedEngine(countable, compose().rollout, eos=-1, pad=0, max_tokens=24)  # no sequence ends early
     prompts = [list(range(3, 10))] * 4
     results = []
-    flops = counted(
-        lambda: results.append(engine.generate(prompts, group_size, torch.Generator().manual_seed(0)))
-    )
+    flops = counted(lambda: results.append(engine.generate(prompts, group_size, torch.Generator().manual_seed(0))))
     batch = results[0]
     expected = policy_cost(countable).sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
     assert expected == pytest.approx(flops, rel=0.02)

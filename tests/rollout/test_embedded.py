@@ -57,7 +57,9 @@ def test_log_probabilities_at_sampling_are_the_trainers(model):
 
 
 def test_completions_do_not_depend_on_how_many_are_decoded_at_once(model):
-    assert rows(generate(model)) == rows(generate(model, decode_sequences=2)) == rows(generate(model, decode_sequences=3))
+    assert (
+        rows(generate(model)) == rows(generate(model, decode_sequences=2)) == rows(generate(model, decode_sequences=3))
+    )
 
 
 def test_same_seed_same_completions_and_another_seed_others(model):

@@ -1,0 +1,206 @@
+"""The rules between the values of a configuration: what cannot run stops here, before any compute."""
+
+import math
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from harness.algorithms.registry import PARTS, check_settings
+from harness.config import BUDGET_AXES, AlgorithmConfig, BudgetConfig, ModelConfig, RunConfig, TaskConfig
+from harness.errors import ConfigError, Declined
+from harness.evaluation import check_evaluation
+from harness.tasks import check_task
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def check(run: RunConfig) -> RunConfig:
+    """Resolve what depends on the machine and enforce the rules between values."""
+    for plugin in run.plugins:
+        _import_plugin(plugin)
+    run.device = resolve_device(run.device)
+    if run.budget.axis == "auto":
+        run.budget.axis = "flops" if run.device == "cpu" else "device_seconds"
+    _check_budget(run.budget)
+    _check_ranges(run)
+    _check_parts(run.algorithm)
+    _check_batch(run)
+    _check_task(run.task, "task")
+    if run.model.cold_start:
+        _check_task(run.model.cold_start.task, "model.cold_start.task")
+        _require(
+            bool(run.model.cold_start.task.worked_solution),
+            "model.cold_start.task.worked_solution is null: name a writer of worked solutions",
+        )
+    _check_model(run)
+    check_evaluation(run.evaluation)
+    return run
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes `cuda` where there is one, else `cpu`."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device}: choose auto, cpu or cuda")
+    if device == "cpu":
+        return device
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device=cuda: this machine has no CUDA device; use device=auto or device=cpu")
+    return "cuda" if available else "cpu"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _import_plugin(plugin: str) -> None:
+    try:
+        import_module(plugin)
+    except ImportError as error:
+        raise ConfigError(f"plugins: cannot import {plugin} ({error}); is its folder on PYTHONPATH?") from error
+
+
+def _check_budget(budget: BudgetConfig) -> None:
+    _require(
+        budget.axis in BUDGET_AXES,
+        f"budget.axis={budget.axis}: choose auto or one of {', '.join(BUDGET_AXES)}",
+    )
+    for axis, limit in budget.limits.items():
+        _require(axis in BUDGET_AXES, f"budget.limits.{axis}: no such axis; the axes are {', '.join(BUDGET_AXES)}")
+        _require(
+            math.isfinite(limit) and limit > 0,
+            f"budget.limits.{axis}={limit}: a budget must be a finite number above 0",
+        )
+    _require(budget.axis in budget.limits, f"budget.limits.{budget.axis} is absent: give the limit of the chosen axis")
+
+
+def _check_ranges(run: RunConfig) -> None:
+    algorithm, optimizer = run.algorithm, run.algorithm.optimizer
+    positive: Mapping[str, float] = {
+        "threads": run.threads,
+        "checkpoint_every": run.checkpoint_every,
+        "algorithm.completions_per_prompt": algorithm.completions_per_prompt,
+        "algorithm.epochs": algorithm.epochs,
+        "algorithm.minibatches": algorithm.minibatches,
+        "algorithm.optimizer.learning_rate": optimizer.learning_rate,
+        "algorithm.optimizer.max_grad_norm": optimizer.max_grad_norm,
+        "rollout.completions_per_batch": run.rollout.completions_per_batch,
+        "rollout.temperature": run.rollout.temperature,
+        "rollout.decode_sequences": run.rollout.decode_sequences,
+        "model.micro_batch_sequences": run.model.micro_batch_sequences,
+        "evaluation.limit": run.evaluation.limit,
+        "evaluation.batch_size": run.evaluation.batch_size,
+        **({"algorithm.critic.learning_rate": algorithm.critic.learning_rate} if algorithm.critic else {}),
+    }
+    for key, value in positive.items():
+        _require(math.isfinite(value) and value > 0, f"{key}={value}: must be a finite number above 0")
+    _require(run.seed >= 0, f"seed={run.seed}: must not be negative")
+    for fraction in run.evaluation.fractions:
+        _require(0 <= fraction <= 1, f"evaluation.fractions has {fraction}: fractions of the budget lie in 0 to 1")
+    _require(run.rollout.engine == "embedded", f"rollout.engine={run.rollout.engine}: the only engine is embedded")
+    for key, name in (("sweep", run.sweep), ("algorithm.name", algorithm.name), ("model.name", run.model.name)):
+        _require(
+            bool(re.fullmatch(r"[A-Za-z0-9_.]+(/[A-Za-z0-9_.]+)*" if key == "sweep" else r"[A-Za-z0-9_.]+", name))
+            and ".." not in name,
+            f"{key}={name}: use letters, digits, '_' and '.', since it names a folder",
+        )
+
+
+def _check_parts(algorithm: AlgorithmConfig) -> None:
+    for module in ("advantages", "correction", "objective"):  # importing them registers the parts that come with us
+        import_module(f"harness.algorithms.{module}")
+    for kind in PARTS:
+        check_settings(kind, getattr(algorithm, kind))
+    kl = algorithm.kl
+    _require(kl.estimator in ("k1", "k2", "k3"), f"algorithm.kl.estimator={kl.estimator}: choose k1, k2 or k3")
+    _require(kl.placement in ("loss", "reward"), f"algorithm.kl.placement={kl.placement}: choose loss or reward")
+    _require(
+        algorithm.entropy_coefficient >= 0,
+        f"algorithm.entropy_coefficient={algorithm.entropy_coefficient}: must not be negative; 0 is off",
+    )
+    _require(kl.coefficient >= 0, f"algorithm.kl.coefficient={kl.coefficient}: must not be negative; 0 is off")
+    _require(
+        algorithm.routing_replay in ("disabled", "R2"),
+        f"algorithm.routing_replay={algorithm.routing_replay}: choose disabled or R2",
+    )
+    needs_critic = getattr(PARTS["advantage"][algorithm.advantage["name"]], "needs_critic", False)
+    _require(
+        not needs_critic or algorithm.critic is not None,
+        f"algorithm.advantage.name={algorithm.advantage['name']} needs a critic: set algorithm.critic (see "
+        "conf/algorithm/ppo.yaml)",
+    )
+    _require(
+        needs_critic or algorithm.critic is None,
+        f"algorithm.critic is set but algorithm.advantage.name={algorithm.advantage['name']} uses none: set it to null",
+    )
+    _require(
+        needs_critic or algorithm.completions_per_prompt > 1,
+        "algorithm.completions_per_prompt=1: a group of one has no baseline; use at least 2, or a critic",
+    )
+
+
+def _check_batch(run: RunConfig) -> None:
+    algorithm, completions = run.algorithm, run.rollout.completions_per_batch
+    _require(
+        completions % algorithm.completions_per_prompt == 0,
+        f"rollout.completions_per_batch={completions} does not divide into groups of "
+        f"algorithm.completions_per_prompt={algorithm.completions_per_prompt}: make it a multiple",
+    )
+    _require(
+        completions % algorithm.minibatches == 0,
+        f"rollout.completions_per_batch={completions} does not divide into algorithm.minibatches="
+        f"{algorithm.minibatches}: make it a multiple",
+    )
+    surrogate = PARTS["surrogate"][algorithm.surrogate["name"]]
+    _require(
+        not getattr(surrogate, "clips", False) or algorithm.epochs * algorithm.minibatches > 1,
+        "algorithm.epochs x algorithm.minibatches is one optimizer step for each rollout batch: the importance ratio "
+        f"is then 1 and the surrogate '{algorithm.surrogate['name']}' never clips; use at least 2",
+    )
+
+
+def _check_task(task: TaskConfig, key: str) -> None:
+    check_task(task, key)
+    for name in ("max_prompt_tokens", "max_completion_tokens"):
+        _require(getattr(task, name) > 0, f"{key}.{name}={getattr(task, name)}: must be above 0")
+
+
+def _check_model(run: RunConfig) -> None:
+    model = run.model
+    _require(
+        (model.path is None) != (model.architecture is None),
+        "model.path and model.architecture: give exactly one, a checkpoint or an architecture to build",
+    )
+    _require(
+        (model.architecture is None) == (model.cold_start is None),
+        "model.cold_start: an embedded architecture needs one and a checkpoint takes none",
+    )
+    _require(
+        model.path is None or Path(model.path).is_dir() or bool(_HUB_NAME.fullmatch(model.path)),
+        f"model.path={model.path}: no such folder; give a Hugging Face model directory or a hub name",
+    )
+    if run.algorithm.routing_replay != "disabled" and not is_moe(model):
+        raise Declined(
+            f"algorithm.routing_replay={run.algorithm.routing_replay} has nothing to replay on the dense model "
+            f"'{model.name}': choose a mixture-of-experts model or set algorithm.routing_replay=disabled"
+        )
+
+
+def is_moe(model: ModelConfig) -> bool:
+    """Whether the model routes tokens to experts, read from its configuration alone."""
+    if model.architecture is not None:
+        fields = model.architecture
+    else:
+        from transformers import AutoConfig
+
+        assert model.path is not None
+
+        try:
+            fields = AutoConfig.from_pretrained(model.path).to_dict()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={model.path}: {str(error).splitlines()[0]}") from error
+    return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
