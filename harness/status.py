@@ -99,9 +99,10 @@ def table(cells: Sequence[CellState]) -> Group:
     rows.add_column("status", no_wrap=True)
     for heading in ("step", "reward", "clip fraction", "spent", "left"):
         rows.add_column(heading, justify="right", no_wrap=True)
+    labels = Counter(cell.label for cell in cells)
     for cell in sorted(cells, key=lambda cell: _ORDER.index(cell.status)):
         rows.add_row(
-            cell.label,
+            cell.label if labels[cell.label] == 1 else cell.name,  # variants of an algorithm share their label
             Text(_SHOWN.get(cell.status, cell.status), style=_STYLES.get(cell.status, "")),
             _number(cell.step, "d"),
             _number(cell.reward, ".3f"),

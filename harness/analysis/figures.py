@@ -21,6 +21,7 @@ from harness.analysis.sweep import Sweep
 
 CLIP_FRACTION = "clip_fraction/token"
 EXPERT_CHANGE, USED_EXPERT_CHANGE = "moe/expert_change_fraction", "moe/used_expert_change_fraction"
+TOKEN_CHANGE = "moe/token_change_fraction"
 _DYNAMICS = {"entropy": "Entropy (nats)", "grad_norm": "Gradient norm", "ratio/max": "Largest importance ratio"}
 
 
@@ -128,11 +129,13 @@ def expert_change(sweep: Sweep) -> Drawing | None:
     if not native:
         return None
     settings, budget, look = _settings(native), _budget(sweep), looks(sweep)
-    used, reward = _curves(sweep, USED_EXPERT_CHANGE), _curves(sweep, "reward/mean")
-    figure, axes = panels(2, [2.6] * len(settings), sharey="none")
+    tokens, used = _curves(sweep, TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
+    reward = _curves(sweep, "reward/mean")
+    figure, axes = panels(3, [2.6] * len(settings), sharey="none", width=3.0)
     fixed = []
     for row, setting in enumerate(settings):
-        left, right = axes[row]
+        first, left, right = axes[row]
+        _draw(sweep, first, tokens, setting, budget)
         _draw(sweep, left, native, setting, budget)
         for variant, rows in _rows(sweep, USED_EXPERT_CHANGE, setting).items():
             if np.allclose(rows[USED_EXPERT_CHANGE].fillna(0), rows[EXPERT_CHANGE].fillna(0)):
@@ -146,16 +149,19 @@ def expert_change(sweep: Sweep) -> Drawing | None:
                 ha="right", fontsize=7, color=look[variant].color,
             )  # fmt: skip
         _draw(sweep, right, reward, setting, budget)
-        left.set(title=f"{setting}: experts", ylabel="Changed choices (fraction)")
+        first.set(title=f"{setting}: tokens", ylabel="Tokens with a changed expert (fraction)")
+        first.set_ylim(bottom=0)
+        left.set(title=f"{setting}: choices", ylabel="Changed choices (fraction)")
         left.set_ylim(bottom=-0.04 * left.get_ylim()[1])
         right.set(title=f"{setting}: reward", ylabel="Training reward")
-    for column in range(2):
+    for column in range(3):
         axes[-1, column].set_xlabel(budget.label)
     legend(figure, look, _variants(sweep, native))
     replay = f" What the update used instead is drawn too, for {'; '.join(fixed)}." if fixed else ""
     caption = (
-        f"Left: of the experts that the updated policy chooses for a token and layer, the fraction that the rollout's "
-        f"policy did not choose.{replay} Right: training reward of the same runs. Both {_until(sweep, budget)}. "
+        f"Left: fraction of completion tokens for which the updated policy chooses, in any layer, an expert that the "
+        f"rollout's policy did not choose. Middle: the fraction of all choices that are such.{replay} Right: training "
+        f"reward of the same runs. All {_until(sweep, budget)}. "
         f"{runs_note(sweep, native)}"
     )
     return Drawing("expert_change", "Expert change per update, and reward", caption, figure)

@@ -43,10 +43,13 @@ def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = 
 
 
 def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A log axis that starts a decade below the smallest drawn value at most: a band that reaches 0 leaves it below."""
-    axes.set_yscale("log")
+    """A log axis that starts a decade below the smallest drawn value at most: a band that reaches 0 leaves it below.
+
+    Where every value is 0 the axis stays linear, since nothing could be drawn.
+    """
     drawn = [value for curve in curves for value in _drawn(curve)]
     if drawn:
+        axes.set_yscale("log")
         axes.set_ylim(bottom=0.9 * 10.0 ** np.floor(np.log10(min(drawn)) + 1e-9), top=max(drawn) * 1.6)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from harness.errors import ConfigError
 from harness.runs.directory import METRICS, SAMPLES, replace_file
@@ -39,13 +40,14 @@ def compact(path: PathLike, target: PathLike) -> Path:
     _check_target(source, target)
     target.mkdir(parents=True, exist_ok=True)
     # sweep.json first: whatever interrupts the rest, the target says which sweep it belongs to.
-    sweep = {**read_sweep(source), "cells": list(dict.fromkeys(runs["run"]))}
+    sweep = _impersonal({**read_sweep(source), "cells": list(dict.fromkeys(runs["run"]))})
     _replace_text(target / SWEEP, json.dumps(sweep, indent=2) + "\n")
     for directory in run_directories(source):
         (target / directory.name).mkdir(exist_ok=True)
-        for name in ("run.json", "config.yaml"):
-            if (directory / name).exists():
-                shutil.copyfile(directory / name, target / directory.name / name)
+        if (directory / "config.yaml").exists():
+            shutil.copyfile(directory / "config.yaml", target / directory.name / "config.yaml")
+        run = _impersonal(json.loads((directory / "run.json").read_text(encoding="utf-8")))
+        _replace_text(target / directory.name / "run.json", json.dumps(run, indent=2) + "\n")
     metrics = runs[runs["step"].notna()].drop(columns=[*_identity_but_run()])
     replace_file(target / METRICS_TABLE, lambda file: metrics.to_parquet(file, index=False))
     rows = evaluations.drop(columns=[*_identity_but_run()])
@@ -54,6 +56,11 @@ def compact(path: PathLike, target: PathLike) -> Path:
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
     _replace_text(target / SAMPLES, text)
     return target
+
+
+def _impersonal(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the process and the machine's name: they tell whether a run is alive, which a copy is not."""
+    return {key: value for key, value in record.items() if key not in ("pid", "host")}
 
 
 def _identity_but_run() -> list[str]:
