@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -14,6 +14,7 @@ from harness.analysis.sweep import read_sweep
 from harness.analysis.tables import Table
 from harness.errors import ConfigError
 from harness.runs import compact
+from harness.status import make_console
 
 _SHOWN = ("algorithm", "model", "evaluation", "n", "mean", "low", "high", "cold start")
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _announce(report: Report) -> None:
-    console = Console()
+    console = make_console()
     if report.scores.rows:
         console.print(_rich(report.scores))
     if report.unfinished:

@@ -1,0 +1,61 @@
+"""Configurations that cannot run stop at composition, naming the key and the mend."""
+
+import json
+
+import pytest
+
+from harness.config import compose
+from harness.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=gpso"], r"algorithm/gpso(?s:.*)gspo"),
+        (["algorithm.epochz=2"], r"epochz"),
+        (["+algorithm.epochz=2"], r"algorithm\.epochz: no such key; the keys here are .*epochs"),
+        (
+            ["+algorithm.surrogate.clip_hihg=0.3"],
+            r"algorithm\.surrogate\.clip_hihg: 'clip' has no such setting.*clip_high",
+        ),
+        (["~algorithm.surrogate.clip_high"], r"algorithm\.surrogate\.clip_high is absent"),
+        (["algorithm.surrogate.clip_high=wide"], r"algorithm\.surrogate\.clip_high='wide': expected .*float"),
+        (["algorithm.advantage.name=gea"], r"algorithm\.advantage\.name=gea: no such part; there are .*gae"),
+        (["algorithm.epochs=many"], r"algorithm\.epochs.*'many'.*Integer"),
+        (["algorithm.minibatches=1"], r"algorithm\.epochs x algorithm\.minibatches is one optimizer step.*at least 2"),
+        (["algorithm.completions_per_prompt=7"], r"completions_per_batch=256 .* groups of .*=7: make it a multiple"),
+        (["algorithm.minibatches=3"], r"completions_per_batch=256 .* algorithm\.minibatches=3: make it a multiple"),
+        (["algorithm.completions_per_prompt=1"], r"algorithm\.completions_per_prompt=1: .* at least 2, or a critic"),
+        (["algorithm=ppo", "algorithm.critic=null"], r"algorithm\.advantage\.name=gae needs a critic"),
+        (["algorithm.routing_replay=R3", "model=tiny_moe"], r"algorithm\.routing_replay=R3: choose disabled or R2"),
+        (["algorithm.kl.estimator=k4"], r"algorithm\.kl\.estimator=k4: choose k1, k2 or k3"),
+        (["algorithm.optimizer.learning_rate=0"], r"algorithm\.optimizer\.learning_rate=0.*above 0"),
+        (["rollout.temperature=nan"], r"rollout\.temperature=nan.*finite"),
+        (["budget.axis=hours"], r"budget\.axis=hours: choose auto or one of flops, device_seconds"),
+        (["budget.axis=tokens", "budget.limits.tokens=inf"], r"budget\.limits\.tokens=inf: .* finite number above 0"),
+        (["+budget.limits.hours=1"], r"budget\.limits\.hours: no such axis"),
+        (["evaluation.fractions=[1.5]"], r"evaluation\.fractions has 1\.5"),
+        (["device=tpu"], r"device=tpu: choose auto, cpu or cuda"),
+        (["plugins=[no_such_module]"], r"plugins: cannot import no_such_module .*PYTHONPATH"),
+        (["sweep=../elsewhere"], r"sweep=\.\./elsewhere: use letters, digits"),
+        (["task=gsm8k"], r"task\.path has no value: give one"),
+    ],
+)
+def test_what_cannot_run_is_refused_naming_key_and_mend(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+@pytest.mark.parametrize("model", ["{}/absent", "./absent"])
+def test_a_model_that_is_not_there_is_refused(tmp_path, model):
+    path = model.format(tmp_path)
+    arguments = [f"model.path={path}", "model.architecture=null", "model.cold_start=null"]
+    with pytest.raises(ConfigError, match=r"model\.path=.*absent: no such folder; give a Hugging Face model directory"):
+        compose(arguments)
+
+
+def test_a_malformed_line_of_the_data_is_named_by_its_number(tmp_path):
+    good = json.dumps({"question": "1+1?", "answer": "#### 2"})
+    (tmp_path / "train.jsonl").write_text(f"{good}\n{good[:-5]}\n")
+    with pytest.raises(ConfigError, match=r"task\.path: .*train\.jsonl, line 2 is not JSON"):
+        compose(["task=gsm8k", f"task.path={tmp_path}/train.jsonl"])

@@ -1,0 +1,250 @@
+"""Real runs of the training loop: the same twice, the same after a kill, and honest when they go wrong."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from harness.analysis.figures import all_figures
+from harness.analysis.style import figure_style
+from harness.analysis.sweep import read_sweep
+from harness.cell import run_cell
+from harness.config import load
+from harness.errors import Diverged
+from harness.runs import load_runs
+from harness.runs.directory import METRICS, RunDirectory
+from harness.trainer import Trainer
+from tests.tiny_run import TINY, lines, numbers, planned, run
+
+_ROOT = Path(__file__).parents[1]
+_EVALUATED = ["evaluation.fractions=[0.0,0.5,1.0]"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, cold_starts):
+    return tmp_path_factory.mktemp("results")
+
+
+def moved(directory, key):
+    """A metric at every step."""
+    return [row.get(key) for row in lines(directory, METRICS)]
+
+
+# --- the same twice, and after a kill --------------------------------------------------------------------------------
+
+_LONG = [*_EVALUATED, "budget.limits.updates=18", "checkpoint_every=2"]  # five steps, the last one past the limit
+_CELLS = {
+    "ppo": ["algorithm=ppo", *_LONG],
+    "grpo_routing_replay": ["algorithm=grpo_routing_replay", "model=tiny_moe", *_LONG],
+}
+# Each is a moment of a run, seen in what is on its disk. The first lies before there is anything to continue from.
+_MOMENTS = {
+    "the first step done": lambda path: _line_count(path) == 1 and not (path / "checkpoint" / "state.pt").exists(),
+    "a checkpoint half written": lambda path: (path / "checkpoint" / ".state.pt.tmp").exists(),
+    "a step done that no checkpoint has": lambda path: _line_count(path) == 3,
+    "the final policy half written": lambda path: (path / "checkpoint" / "policy").exists(),
+}
+
+
+def _line_count(path):
+    try:
+        return (path / METRICS).read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def processes(cold_starts):
+    """Processes of their own that need not import everything again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness.trainer", "lm_eval.evaluator", "harness.evaluation.policy_lm"])
+    return context
+
+
+def _kill_at(moment, directory, processes):
+    """Start the run, or continue it, and kill it at the moment; whether that succeeded."""
+    process = processes.Process(target=run_cell, args=(directory,))
+    process.start()
+    while process.is_alive() and not moment(directory.path):
+        time.sleep(0.0002)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL and moment(directory.path)
+
+
+@pytest.fixture(scope="module", params=_CELLS)
+def undisturbed(request, results):
+    return run(results, "sweep=undisturbed", *_CELLS[request.param]), _CELLS[request.param]
+
+
+def test_two_runs_of_one_cell_are_the_same_but_for_times(undisturbed, results):
+    first, overrides = undisturbed
+    second = run(results, "sweep=second", *overrides)
+    assert second.path.name == first.path.name
+    assert numbers(second) == numbers(first)
+    assert [row["step"] for row in lines(first, METRICS)] == [1, 2, 3, 4, 5]
+    assert len(set(moved(first, "loss"))) == 5  # it does learn from its rewards
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(undisturbed, results, processes):
+    expected, overrides = undisturbed
+    for attempt in range(10):  # a moment of milliseconds may be missed
+        directory = planned(results, f"sweep=killed_{attempt}", *overrides)
+        if all(_kill_at(moment, directory, processes) for moment in _MOMENTS.values()):
+            break
+        shutil.rmtree(directory.path)
+    else:
+        pytest.fail("the moments were missed every time")
+    assert directory.read_status()["status"] == "running"  # as SIGKILL leaves it
+    process = processes.Process(target=run_cell, args=(directory,))
+    process.start()
+    process.join()
+    assert directory.read_status()["status"] == "done"
+    assert numbers(directory) == numbers(expected)
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged_with_the_evidence_kept(results):
+    directory = planned(results, "algorithm=grpo", "algorithm.ratio.name=breaks", *_EVALUATED)
+    assert run_cell(directory) == "diverged"
+    status = directory.read_status()
+    assert status["reason"].startswith("optimizer step 2: loss is nan")
+    (row,) = lines(directory, METRICS)
+    assert (
+        row["loss"] is None and row["reward/mean"] > 0 and row["budget/tokens"] == status["budget"]["spent"]["tokens"]
+    )
+    assert status["budget"]["spent"]["flops"] > 0
+    assert run_cell(directory) == "diverged"  # it is a result: not run again
+    assert len(lines(directory, METRICS)) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_diverging_step_leaves_the_weights_finite(results, algorithm):
+    directory = planned(results, f"algorithm={algorithm}", "algorithm.ratio.name=breaks", "sweep=finite")
+    trainer = Trainer(load(directory.path / "config.yaml"), directory)
+    trainer.resume()
+    with pytest.raises(Diverged):
+        trainer.step()
+    assert trainer.policy_updater.updates == 1
+    assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
+    assert any(
+        (tensor != trainer.policy.state_dict()[name]).any() for name, tensor in trainer.inside["weights"].items()
+    )
+
+
+def test_a_learning_rate_beyond_all_bounds_diverges_or_is_done_but_never_fails(results):
+    rate = ["algorithm.optimizer.learning_rate=1e38", "algorithm.optimizer.warmup_updates=0"]
+    directory = planned(results, "algorithm=grpo", *rate)
+    assert run_cell(directory) == "diverged", directory.read_status()["traceback"]
+
+
+def test_a_full_disk_stops_a_run_before_compute(results, monkeypatch):
+    monkeypatch.setattr("harness.runs.directory.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    directory = planned(results, "sweep=full")
+    assert run_cell(directory) == "failed"
+    assert re.search("0 MB free and .* MB are needed: free some space", directory.read_status()["reason"])
+    assert lines(directory, METRICS) == []
+
+
+# --- the update ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [["algorithm=gspo"], ["algorithm=ppo"]])
+def test_micro_batches_change_no_result(results, cell):
+    rows = []
+    for size in (4, 8, 16):
+        directory = run(results, *cell, f"model.micro_batch_sequences={size}", "budget.limits.updates=1")
+        (row,) = lines(directory, METRICS)
+        rows.append({key: value for key, value in row.items() if not key.startswith("mismatch/")})
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4, abs=1e-6)
+    assert rows[2] == pytest.approx(rows[0], rel=1e-4, abs=1e-6)
+
+
+def test_before_the_first_optimizer_step_the_ratio_is_one(results):
+    """One step for a rollout batch, which only a surrogate that does not clip may take; then two."""
+    plain = ["algorithm=grpo", "algorithm.surrogate.name=none", "algorithm.minibatches=1"]
+    plain += ["~algorithm.surrogate.clip_low", "~algorithm.surrogate.clip_high"]
+    one = run(results, *plain, "budget.limits.updates=3")
+    assert moved(one, "ratio/max") == pytest.approx([1, 1, 1], abs=1e-5)
+    assert moved(one, "ratio/min") == pytest.approx([1, 1, 1], abs=1e-5)
+    two = run(results, *plain, "algorithm.epochs=2", "budget.limits.updates=2")
+    assert moved(two, "ratio/max")[0] > 1.001 and moved(two, "ratio/min")[0] < 0.999
+
+
+@pytest.fixture(scope="module")
+def routed(results):
+    """Steps large enough to change many experts, with and without replay."""
+    large = ["model=tiny_moe", "algorithm.optimizer.learning_rate=5e-3"]
+    return {name: run(results, f"algorithm={name}", *large) for name in ("grpo", "grpo_routing_replay")}
+
+
+def test_a_replayed_update_uses_the_old_policys_experts_and_measures_its_own(routed):
+    replayed = routed["grpo_routing_replay"]
+    assert moved(replayed, "moe/used_expert_change_fraction") == [0, 0]
+    assert min(moved(replayed, "moe/expert_change_fraction")) > 0.01
+    assert min(moved(replayed, "moe/token_change_fraction")) > 0.01
+
+
+def test_without_replay_the_experts_that_are_used_change(routed):
+    used = moved(routed["grpo"], "moe/used_expert_change_fraction")
+    assert min(used) > 0.01
+
+
+def test_ppo_alone_has_a_critic_and_tells_how_much_it_explains(results, routed):
+    ppo = run(results, "algorithm=ppo", "algorithm.critic.learning_rate=1e-2", "budget.limits.updates=24")
+    explained = moved(ppo, "critic/explained_variance")
+    assert explained[0] == pytest.approx(0, abs=1e-6)  # its head begins at 0
+    assert len(explained) == 6 and all(value <= 1 for value in explained) and len(set(explained)) == 6
+    assert all(value > 0 for key in ("critic/loss", "critic/grad_norm") for value in moved(ppo, key))
+    assert not [key for row in lines(routed["grpo"], METRICS) for key in row if key.startswith("critic/")]
+
+
+# --- an algorithm of the user's own ----------------------------------------------------------------------------------
+
+_DR_GRPO = """\
+defaults:
+  - grpo
+  - _self_
+name: dr_grpo
+advantage:
+  scale: none
+aggregation:
+  name: constant_length
+  length: 12
+"""
+
+
+@pytest.mark.slow
+def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(results, tmp_path):
+    (tmp_path / "mine" / "algorithm").mkdir(parents=True)
+    (tmp_path / "mine" / "algorithm" / "dr_grpo.yaml").write_text(_DR_GRPO)
+    arguments = ["--config-dir", "mine", "algorithm=dr_grpo", "sweep=own", *TINY, *_EVALUATED]
+    command = [sys.executable, "-m", "harness.run", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    sweep = tmp_path / "results" / "own"
+    rows = load_runs(sweep)
+    assert rows["algorithm"].tolist() == ["dr_grpo"] * 2 and rows["status"].tolist() == ["done"] * 2
+    (directory,) = map(RunDirectory, sweep.glob("dr_grpo-*"))
+    grpo = run(results, "algorithm=grpo", "sweep=own", *_EVALUATED)
+    assert moved(directory, "reward/mean")[0] == moved(grpo, "reward/mean")[0]  # the same first batch
+    assert moved(directory, "loss")[0] != moved(grpo, "loss")[0]
+    with figure_style():
+        drawings = all_figures(read_sweep(sweep))
+    legends = {
+        text.get_text() for drawing in drawings for legend in drawing.figure.legends for text in legend.get_texts()
+    }
+    assert "dr_grpo" in legends
+    assert json.loads((directory.path / "run.json").read_text())["scores"]["chain_sum_held_out"]["n"] == 2
