@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.advantages import all_equal, group_statistics
+from harness.algorithms.metrics import Metrics
 from harness.algorithms.value import explained_variance
 from harness.budget import Meter
 from harness.config import RunConfig
@@ -72,7 +73,7 @@ class Trainer:
         )
         self.prompts = PromptStream(config.task, config.seed, "train")
         self.verify = VERIFIERS[config.task.verifier]
-        self.fractions = sorted(config.evaluation.fractions)
+        self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
         self.steps = 0
         self.samples: list[dict[str, Any]] = []
@@ -146,9 +147,10 @@ class Trainer:
     def _learn(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
+        metrics = Metrics()
         passes = self.algorithm.epochs * (1 + BACKWARD)
         with self.meter.phase("update"):
-            metrics = self.policy_updater.update(batch, targets, self._generator("minibatches"))
+            self.policy_updater.update(batch, targets, self._generator("minibatches"), metrics)
         recomputed = self.policy_cost.head * self.policy_updater.recomputed
         self.meter.charge_flops("update", passes * self.policy_cost.batch(batch) + recomputed)
         self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
@@ -159,7 +161,7 @@ class Trainer:
                 explained_variance(targets.old_values, targets.returns, batch.mask)
             )
             with self.meter.phase("critic"):
-                metrics.update(self.critic_updater.update(batch, targets, self._generator("minibatches")))
+                self.critic_updater.update(batch, targets, self._generator("minibatches"), metrics)
             self.meter.charge_flops("critic", passes * self.critic_cost.batch(batch))
         if targets.routes is not None:
             self.policy_updater.probe_expert_changes(batch, targets.routes, metrics)

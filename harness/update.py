@@ -63,24 +63,23 @@ class Updater(ABC):
         self.learning_rate = learning_rate
         self.updates = 0
 
-    def update(self, batch: Batch, targets: Targets, generator: torch.Generator) -> Metrics:
+    def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         """Make `epochs` x `minibatches` optimizer steps.
 
         Args:
             batch: the rollout batch.
             targets: its advantages and what else stays constant.
             generator: a CPU generator that shuffles the completions into minibatches.
+            metrics: what is measured is added to these; a step that diverges leaves with all of them.
 
         Raises:
             Diverged: for a loss or gradient that is not finite, before it reaches the weights.
         """
-        metrics = Metrics()
         for _ in range(self.config.algorithm.epochs):
             order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
             for rows in order.chunk(self.config.algorithm.minibatches):
                 loss = self.backward(batch, targets, rows, metrics)
                 self._step(loss, metrics)
-        return metrics
 
     @abstractmethod
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
@@ -167,9 +166,9 @@ class PolicyUpdater(Updater):
         self.policy, self.uncharged = policy, uncharged
         self.recomputed = 0.0  # tokens of the latest rollout batch whose logits were computed again in backward passes
 
-    def update(self, batch: Batch, targets: Targets, generator: torch.Generator) -> Metrics:
+    def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         self.recomputed = 0.0
-        return super().update(batch, targets, generator)
+        super().update(batch, targets, generator, metrics)
 
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         weights = torch.zeros_like(batch.mask)

@@ -134,10 +134,10 @@ def test_the_map_names_what_exists():
     assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_algorithm_of_the_contributors_guide_composes(tmp_path):
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (entry,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+def test_the_algorithm_of_the_readme_composes(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    entry = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0]
     (tmp_path / "algorithm").mkdir()
     (tmp_path / "algorithm" / "dr_grpo.yaml").write_text(entry, encoding="utf-8")
     algorithm = compose(["algorithm=dr_grpo"], config_dir=tmp_path).algorithm
-    assert algorithm.advantage["scale"] == "none" and algorithm.aggregation == {"name": "constant_length", "length": 48}
+    assert algorithm.advantage["scale"] == "none" and algorithm.aggregation == {"name": "constant_length", "length": 40}

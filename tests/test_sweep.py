@@ -189,6 +189,13 @@ def test_an_algorithm_that_was_edited_is_refused_naming_what_changed(tmp_path):
         check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "algorithm.epochs=2"])])
 
 
+@pytest.mark.parametrize("change", ["task.max_completion_tokens=13", "model.micro_batch_sequences=7"])
+def test_a_model_or_task_of_one_name_has_one_meaning_in_a_folder(tmp_path, change):
+    _finished(compose([f"results={tmp_path}", "sweep=s", "algorithm=grpo"]))
+    with pytest.raises(ConfigError, match=re.escape(change.partition("=")[0])):
+        check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "algorithm=gspo", change])])
+
+
 def test_variants_of_an_algorithm_may_share_one_plan(tmp_path):
     cells = _plan(f"results={tmp_path}", "sweep=s", "algorithm.epochs=1,2")
     _finished(cells[0].config)

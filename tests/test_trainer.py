@@ -144,6 +144,15 @@ def test_a_diverging_step_leaves_the_weights_finite(results, algorithm):
     )
 
 
+def test_a_critic_that_diverges_leaves_the_policys_metrics_too(results):
+    overrides = ["algorithm=ppo", "algorithm.critic.learning_rate=1e38", "algorithm.optimizer.warmup_updates=0"]
+    directory = planned(results, *overrides)
+    assert run_cell(directory) == "diverged"
+    row = lines(directory, METRICS)[-1]
+    assert row["critic/loss"] is None
+    assert row["loss"] is not None and row["clip_fraction/token"] is not None
+
+
 def test_a_learning_rate_beyond_all_bounds_diverges_or_is_done_but_never_fails(results):
     rate = ["algorithm.optimizer.learning_rate=1e38", "algorithm.optimizer.warmup_updates=0"]
     directory = planned(results, "algorithm=grpo", *rate)

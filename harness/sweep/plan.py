@@ -81,6 +81,11 @@ def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
         difference = _first_difference({key: found.get(key) for key in equal}, equal)
         if difference:
             raise _mixing(there, f"was made with another {difference}")
+        for section in ("model", "task"):  # one name, one meaning; a plan that sweeps over its settings knows them all
+            known = [asdict(config)[section] for config in configs if getattr(config, section).name == run[section]]
+            if known and found[section] not in known:
+                difference = _first_difference(found[section], known[0], section)
+                raise _mixing(there, f"was made with another {difference}")
         if run["label"] in labels and there.name not in names:
             planned = asdict(labels[run["label"]])
             difference = _first_difference(
