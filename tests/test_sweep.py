@@ -291,7 +291,14 @@ def test_cells_that_fail_or_are_killed_leave_the_others_alone_and_run_again_with
 def test_an_interrupted_sweep_goes_on_with_the_same_command(workplace):
     arguments = ["-m", "sweep=s", "plugins=[mischief]", "algorithm=waits,two_epochs"]
     Path("waits").touch()
-    command = subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen(
+        _command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts into the background with Ctrl-C ignored, and tests may be run like that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (Path("waiting").exists() and _runs("s")["two_epochs"]["status"] == "done") and command.poll() is None:
         time.sleep(0.05)
     refused = _run(*arguments)

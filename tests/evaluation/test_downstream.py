@@ -22,8 +22,8 @@ LOCAL_TASKS = Path(harness.__file__).parent / "evaluation" / "tasks"
 FOUR = {"=": "#", "#": "4", "4": ["<eos>"], "<eos>": "7", "7": "7"}
 ANY_DIGIT = {"=": "#", "#": "0123456789", **{digit: ["<eos>"] for digit in "0123456789"}}
 PARAMETERS = {
-    "chain_sum_held_out": {"min_terms": 3, "max_terms": 5},
-    "chain_sum_longer": {"min_terms": 6, "max_terms": 8},
+    "chain_sum_held_out": {"min_terms": 3, "max_terms": 4},
+    "chain_sum_longer": {"min_terms": 5, "max_terms": 6},
     "chain_sum_signed": {"min_terms": 3, "max_terms": 4, "allow_negation": True},
 }
 

@@ -33,7 +33,7 @@ def test_no_evaluation_problem_is_met_in_training_or_cold_start(name, tasks, tra
             assert not met & held_out
 
 
-@pytest.mark.parametrize("name, terms", list(zip(NAMES, [{3, 4, 5}, {6, 7, 8}, {3, 4}], strict=True)))
+@pytest.mark.parametrize("name, terms", list(zip(NAMES, [{3, 4}, {5, 6}, {3, 4}], strict=True)))
 def test_each_task_has_512_problems_of_its_kind(name, terms, tasks):
     docs = list(tasks[name].test_docs())
     assert len(docs) == 512
@@ -55,4 +55,4 @@ def test_the_prompt_is_the_training_prompt_and_a_right_solution_fits_and_scores(
 
 
 def test_the_problems_are_the_same_in_every_process(tasks):
-    assert tasks["chain_sum_held_out"].test_docs()[0]["prompt"] == "4 + 0 - 5 - 5 - 4 ="
+    assert tasks["chain_sum_held_out"].test_docs()[0]["prompt"] == "8 + 7 + 7 ="

@@ -42,7 +42,7 @@ def test_without_noise_every_step_and_answer_is_right(allow_negation):
 def test_noise_is_the_rate_of_wrong_steps_and_their_errors_are_carried_on():
     rng = random.Random(0)
     off = []
-    for problem in problems(1500, min_terms=5):
+    for problem in problems(1500, min_terms=5, max_terms=5):
         solution = chain_sum(problem.fields, rng, 0.1)
         slips = errors(solution)
         off += slips
