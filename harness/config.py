@@ -183,11 +183,6 @@ class RunConfig:
         return self.rollout.completions_per_batch // self.algorithm.completions_per_prompt
 
     @property
-    def minibatch_size(self) -> int:
-        """Completions behind one optimizer step."""
-        return self.rollout.completions_per_batch // self.algorithm.minibatches
-
-    @property
     def run_name(self) -> str:
         """`algorithm-model-task-sSEED-HASH8`."""
         return f"{self.label}-{config_hash(self)}"

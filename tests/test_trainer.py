@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness.analysis.figures import all_figures
+from harness.analysis.page import write_report
 from harness.analysis.style import figure_style
 from harness.analysis.sweep import read_sweep
 from harness.cell import run_cell
@@ -257,3 +258,11 @@ def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(r
     }
     assert "dr_grpo" in legends
     assert json.loads((directory.path / "run.json").read_text())["scores"]["chain_sum_held_out"]["n"] == 2
+
+
+def test_a_sweep_in_which_nothing_was_ever_rewarded_has_a_report(results, tmp_path):
+    directory = run(results, "algorithm=grpo", "sweep=nothing", "task.verifier=marked_answer", "task.name=unrewarded")
+    rows = lines(directory, METRICS)
+    assert {row["grad_norm"] for row in rows} == {row["clip_fraction/token"] for row in rows} == {0}
+    write_report(read_sweep(results / "nothing"), tmp_path)
+    assert (tmp_path / "report.html").exists()

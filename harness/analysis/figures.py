@@ -240,7 +240,9 @@ def _until(sweep: Sweep, budget: Unit) -> str:
 
 
 def _plain_ticks(axis) -> None:
-    """1, 2, 5, 10 rather than powers: these values stay within a decade or two."""
+    """1, 2, 5, 10 rather than powers on a log axis: these values stay within a decade or two."""
+    if axis.get_scale() != "log":
+        return
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
