@@ -101,6 +101,7 @@ class ColdStartConfig:
     learning_rate: float
     warmup_steps: int
     weight_decay: float
+    router_penalty: float
     seed: int
 
 

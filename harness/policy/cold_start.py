@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harness.config import ColdStartConfig, ModelConfig
 from harness.errors import ConfigError
 from harness.policy import loading
+from harness.policy.routing import routers
 from harness.policy.tokenizer import build_tokenizer
 from harness.runs.provenance import fingerprint
 from harness.tasks import PromptStream
@@ -61,7 +62,9 @@ def cold_start_hash(config: ModelConfig) -> str:
         "architecture": config.architecture,
         "experts": config.experts_implementation,
         "recipe": asdict(config.cold_start),
-        "code": fingerprint(["policy/cold_start.py", "policy/loading.py", "policy/tokenizer.py", "tasks"]),
+        "code": fingerprint(
+            ["policy/cold_start.py", "policy/loading.py", "policy/routing.py", "policy/tokenizer.py", "tasks"]
+        ),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -89,11 +92,20 @@ def _build(config: ModelConfig, path: Path) -> None:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ColdStartConfig) -> list[float]:
-    """Train on worked solutions; returns the loss of every 50th step, in nats a token."""
+    """Train on worked solutions; returns the loss of every 50th step, in nats a token.
+
+    Mixture-of-experts models may pay `router_penalty` times the mean squared router logit, in the manner of the z-loss
+    of ST-MoE (arXiv 2202.08906, eq. 5): it keeps the experts' scores close to each other.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
     losses = []
+    router_logits: list[Tensor] = []
+    handles = [
+        router.register_forward_hook(lambda _module, _inputs, outputs: router_logits.append(outputs[0]))
+        for router in routers(model)
+    ]
     for step, (input_ids, labels) in enumerate(_batches(tokenizer, config)):
         progress = step / config.steps
         warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
@@ -101,12 +113,18 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Co
             group["lr"] = config.learning_rate * warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
         logits = model(input_ids=input_ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        if router_logits and config.router_penalty > 0:
+            valid = (input_ids != tokenizer.pad_token_id).flatten()
+            loss = loss + config.router_penalty * torch.stack(router_logits)[:, valid].square().mean()
+        router_logits.clear()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == config.steps - 1:
             losses.append(loss.item())
+    for handle in handles:
+        handle.remove()
     return losses
 
 
