@@ -26,6 +26,7 @@ class KLConfig:
     estimator: str
     coefficient: float
     placement: str
+    importance_weighted: bool
 
 
 @dataclass
@@ -35,6 +36,13 @@ class CriticConfig:
     learning_rate: float
     value_clip: float
     max_grad_norm: float
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """Sampling again for prompts whose completions all earn the same (DAPO)."""
+
+    max_batches: int
 
 
 @dataclass
@@ -62,14 +70,26 @@ class AlgorithmConfig:
     surrogate: dict[str, Any]
     aggregation: dict[str, Any]
     correction: dict[str, Any]
+    selection: dict[str, Any]
+    shaping: dict[str, Any]
+    dynamic_sampling: DynamicSamplingConfig | None
     kl: KLConfig
     entropy_coefficient: float
+    old_logprobs: str
     routing_replay: str
     critic: CriticConfig | None
     epochs: int
     minibatches: int
     optimizer: OptimizerConfig
     search_space: dict[str, list[Any]]
+
+
+@dataclass
+class RewardModelConfig:
+    """Errors put on the training reward, as a learned reward model makes them; the true reward is logged beside it."""
+
+    label_noise: float
+    length_bias: float
 
 
 @dataclass
@@ -85,6 +105,8 @@ class TaskConfig:
     answer: str
     answer_pattern: str | None
     verifier: str
+    step_verifier: str | None
+    reward_model: RewardModelConfig
     worked_solution: str | None
     max_prompt_tokens: int
     max_completion_tokens: int

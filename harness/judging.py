@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harness.algorithms.advantages import place_rewards
 from harness.algorithms.divergence import kl_divergence
 from harness.algorithms.registry import part
 from harness.budget import Meter
@@ -15,7 +14,8 @@ from harness.config import RunConfig
 from harness.policy.critic import Critic
 from harness.policy.flops import ForwardCost
 from harness.policy.logprobs import completion_logprobs
-from harness.policy.routing import Routing
+from harness.policy.routing import Routing, padding_routes
+from harness.reward import Rewards
 from harness.rollout.batch import Batch
 from harness.update import Targets
 
@@ -38,45 +38,49 @@ class Judge:
         self.policy_cost, self.critic_cost = policy_cost, critic_cost
 
     @torch.no_grad()
-    def judge(self, batch: Batch, rewards: Tensor) -> Targets:
+    def judge(self, batch: Batch, rewards: Rewards) -> Targets:
         """The constants of the update.
 
         Args:
             batch: the rollout batch.
-            rewards: [B], one a completion.
+            rewards: what its completions earned.
         """
-        old_logprobs, routes = self._old_logprobs(batch)
+        old_logprobs, routes = batch.rollout_logprobs, batch.routes
+        if self.config.algorithm.old_logprobs == "trainer":
+            old_logprobs, routes = self._old_logprobs(batch)
         ref_logprobs = self._reference(batch)
         old_values = self._values(batch)
-        token_rewards = place_rewards(rewards, batch.mask)
+        token_rewards = rewards.tokens
         kl = self.config.algorithm.kl
         if ref_logprobs is not None and kl.placement == "reward":
-            token_rewards -= kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
+            penalty = kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
+            token_rewards = token_rewards - penalty
         function, settings = part("advantage", self.config.algorithm.advantage)
-        advantages, returns = function(token_rewards, batch.group_ids, batch.mask, old_values, **settings)
-        return Targets(old_logprobs, advantages, ref_logprobs, old_values, returns, routes)
+        advantages, returns = function(token_rewards, rewards.ends, batch.group_ids, batch.mask, old_values, **settings)
+        return Targets(old_logprobs, advantages, ref_logprobs, old_values, returns, routes=routes)
 
     def _old_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """[B, T], and on MoE models the expert choices [B, L, routers, k] of the same pass (R2)."""
+        """[B, T], and on MoE models the expert choices [B, L, layers, k] that they rest on: those of the rollout where
+        it has recorded any (R3), else this pass's own."""
         routing = Routing(self.policy)
-        moe = bool(routing.routers)
-        routes: list[Tensor] = []
+        recorded: list[Tensor] = []
         # Replay pays for its recording; without it the routes are kept for a metric alone.
         recording = self.meter.paused if self.config.algorithm.routing_replay == "disabled" else nullcontext
 
         def forward(micro: Batch) -> Tensor:
+            routing.replay = micro.routes
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
-            if moe:
+            if routing.layers and micro.routes is None:
                 with recording():
-                    routes.append(routing.choices(len(micro.mask)))
+                    recorded.append(routing.choices(len(micro.mask)))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():
             logprobs = self._in_micro_batches(forward, batch)
             with recording():
-                recorded = self._assemble_routes(batch, routes) if moe else None
+                routes = self._assemble_routes(batch, recorded) if recorded else batch.routes
         self.meter.charge_flops("old_logprobs", self.policy_cost.batch(batch))
-        return logprobs, recorded
+        return logprobs, routes
 
     def _reference(self, batch: Batch) -> Tensor | None:
         if self.reference is None:
@@ -109,11 +113,9 @@ class Judge:
         return batch.lengths.argsort(stable=True).split(self.config.model.micro_batch_sequences)
 
     def _assemble_routes(self, batch: Batch, routes: list[Tensor]) -> Tensor:
-        """The micro-batches' choices in the batch's order; padding gets the first experts, whatever follows a sequence
-        cannot reach it."""
-        *_, layers, k = routes[0].shape
-        first = torch.arange(k, dtype=routes[0].dtype, device=self.policy.device)
-        result = first.expand(*batch.input_ids.shape, layers, k).clone()
-        for rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
-            result[rows, : part_routes.shape[1]] = part_routes
+        """The micro-batches' choices in the batch's order."""
+        rows, length = batch.input_ids.shape
+        result = padding_routes(rows, length, like=routes[0])
+        for micro_rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
+            result[micro_rows, : part_routes.shape[1]] = part_routes
         return result

@@ -4,9 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from harness.algorithms.advantages import all_equal, group_statistics
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.value import explained_variance
 from harness.budget import Meter
@@ -18,12 +16,13 @@ from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
 from harness.policy.loading import load_policy, weights_hash
 from harness.policy.logprobs import completion_logprobs
-from harness.policy.routing import routers
+from harness.policy.routing import check_routing, expert_layers
+from harness.reward import Grader, Rewards
 from harness.rollout.batch import Batch
 from harness.rollout.embedded import EmbeddedEngine
 from harness.runs.directory import RunDirectory
 from harness.runs.loggers import open_loggers
-from harness.tasks import VERIFIERS, Problem, PromptStream
+from harness.tasks import Problem, PromptStream
 from harness.tasks.problem import derived_seed
 from harness.update import CriticUpdater, PolicyUpdater
 
@@ -70,9 +69,10 @@ class Trainer:
             self.tokenizer.eos_token_id,
             self.tokenizer.pad_token_id,
             config.task.max_completion_tokens,
+            record_routes=self.algorithm.routing_replay == "R3",
         )
         self.prompts = PromptStream(config.task, config.seed, "train")
-        self.verify = VERIFIERS[config.task.verifier]
+        self.grader = Grader(config, self.tokenizer)
         self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
         self.steps = 0
@@ -80,11 +80,13 @@ class Trainer:
         self.inside = self.snapshot()  # the latest state that lies inside the budget
 
     def _check_model(self) -> None:
-        if self.algorithm.routing_replay != "disabled" and not routers(self.policy):
+        if self.algorithm.routing_replay != "disabled" and not expert_layers(self.policy):
             raise ConfigError(
-                f"algorithm.routing_replay={self.algorithm.routing_replay}: {type(self.policy).__name__} has no router "
-                "that is known (a module named …TopKRouter), so nothing would be replayed; set it to disabled"
+                f"algorithm.routing_replay={self.algorithm.routing_replay}: {type(self.policy).__name__} has no layer "
+                "whose experts are known (a module with a child named experts), so nothing would be replayed; set it "
+                "to disabled"
             )
+        check_routing(self.policy)
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
         self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
 
@@ -93,18 +95,15 @@ class Trainer:
     def step(self) -> None:
         """Task -> rollout -> reward -> advantage -> objective -> update -> meter -> run directory."""
         before, phases_before = self.inside, copy.deepcopy(self.meter.phases)
-        problems = self.prompts.take(self.config.prompts_per_batch)
-        batch = self._rollout(problems)
-        rewards = self._reward(problems, batch)
+        sampled, rewards = self._sample()
         row: dict[str, Any] = {"step": self.steps + 1}
         failure = None
         try:
-            row |= self._learn(batch, rewards)
+            row |= self._learn(*self._chosen(sampled, rewards))
         except Diverged as error:
             failure, row = error, row | error.metrics
         self.steps += 1
-        self.meter.count(tokens=float(batch.mask.sum()), queries=len(problems))
-        row |= self._batch_metrics(batch, rewards) | self._costs(phases_before)
+        row |= self._batch_metrics(sampled, rewards) | self._costs(phases_before)
         self.directory.append_metrics(row)
         for logger in self.loggers:
             logger.log(row)
@@ -117,7 +116,37 @@ class Trainer:
         if self.steps % self.config.checkpoint_every == 0 and self.meter.fraction < 1:
             self.checkpoint()
 
-    def _rollout(self, problems: list[Problem]) -> Batch:
+    def _sample(self) -> tuple[Batch, Rewards]:
+        """All that is sampled and graded for this step; with dynamic sampling until enough groups are informative."""
+        dynamic, sampled = self.algorithm.dynamic_sampling, [self._sample_batch(0)]
+        batch, rewards = sampled[0]
+        while (
+            dynamic
+            and len(sampled) < dynamic.max_batches
+            and rewards.informative(batch.group_ids).sum() < self.config.rollout.completions_per_batch
+        ):
+            sampled.append(self._sample_batch(len(sampled)))
+            batch = Batch.concatenate([part for part, _ in sampled])
+            rewards = Rewards.concatenate([part for _, part in sampled])
+        return batch, rewards
+
+    def _sample_batch(self, attempt: int) -> tuple[Batch, Rewards]:
+        problems = self.prompts.take(self.config.prompts_per_batch)
+        again = f" {attempt}" if attempt else ""
+        batch = self._rollout(problems, f"rollout{again}")
+        rewards = self._reward(problems, batch, f"reward{again}")
+        self.meter.count(tokens=float(batch.mask.sum()), queries=len(problems))
+        return batch, rewards
+
+    def _chosen(self, batch: Batch, rewards: Rewards) -> tuple[Batch, Rewards]:
+        """What is learned from: all that was sampled, or with dynamic sampling the informative groups first."""
+        if self.algorithm.dynamic_sampling is None:
+            return batch, rewards
+        first = (~rewards.informative(batch.group_ids)).int().argsort(stable=True)
+        rows = first[: self.config.rollout.completions_per_batch]
+        return batch.select(rows), rewards.select(rows)
+
+    def _rollout(self, problems: list[Problem], purpose: str) -> Batch:
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
             if len(prompt) > self.config.task.max_prompt_tokens:
@@ -127,24 +156,24 @@ class Trainer:
                 )
         group_size = self.algorithm.completions_per_prompt
         with self.meter.phase("rollout"):
-            batch = self.engine.generate(prompts, group_size, self._generator("rollout"))
+            batch = self.engine.generate(prompts, group_size, self._generator(purpose))
         flops = self.policy_cost.sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
         self.meter.charge_flops("rollout", flops)
         return batch
 
-    def _reward(self, problems: list[Problem], batch: Batch) -> Tensor:
-        """[B] rewards of the completions."""
+    def _reward(self, problems: list[Problem], batch: Batch, purpose: str) -> Rewards:
         with self.meter.phase("reward"):
             texts = self.tokenizer.batch_decode(batch.completions, skip_special_tokens=True)
             asked = [problem for problem in problems for _ in range(self.algorithm.completions_per_prompt)]
-            rewards = [self.verify(text, problem) for text, problem in zip(texts, asked, strict=True)]
+            rewards = self.grader.grade(texts, asked, batch, self._generator(purpose))
+        true = rewards.true.tolist()
         self.samples = [
-            {"prompt": asked[i].prompt, "completion": texts[i], "answer": asked[i].answer, "reward": rewards[i]}
+            {"prompt": asked[i].prompt, "completion": texts[i], "answer": asked[i].answer, "reward": true[i]}
             for i in range(min(self.config.evaluation.samples, len(texts)))
         ]
-        return torch.tensor(rewards, dtype=torch.float32, device=self.device)
+        return rewards
 
-    def _learn(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
+    def _learn(self, batch: Batch, rewards: Rewards) -> dict[str, float]:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
         metrics = Metrics()
@@ -167,14 +196,18 @@ class Trainer:
             self.policy_updater.probe_expert_changes(batch, targets.routes, metrics)
         return metrics.compute() | extra
 
-    def _batch_metrics(self, batch: Batch, rewards: Tensor) -> dict[str, float]:
-        _, std = group_statistics(rewards, batch.group_ids)
+    def _batch_metrics(self, batch: Batch, rewards: Rewards) -> dict[str, float]:
+        """Of all that was sampled, chosen to learn from or not."""
         ended = (batch.completions == self.tokenizer.eos_token_id).mul(batch.mask).sum(1) > 0
         grouped = self.algorithm.completions_per_prompt > 1
-        zero_std = {"reward/zero_std_fraction": float(all_equal(rewards, std).float().mean())} if grouped else {}
-        return zero_std | {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std(correction=1)),
+        zero_std = (~rewards.informative(batch.group_ids)).float().mean()
+        optional = {"reward/zero_std_fraction": float(zero_std)} if grouped else {}
+        if self.config.task.step_verifier:
+            optional["reward/step_mean"] = float(rewards.steps.nanmean())
+        return optional | {
+            "reward/mean": float(rewards.outcome.mean()),
+            "reward/std": float(rewards.outcome.std(correction=1)),
+            "reward/true_mean": float(rewards.true.mean()),
             "completion/length_mean": float(batch.completion_lengths.float().mean()),
             "completion/truncated_fraction": float((~ended).float().mean()),
         }
@@ -264,7 +297,7 @@ class Trainer:
         problems = PromptStream(self.config.task, self.config.seed, "train").take(2)
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         batch = self.engine.generate(prompts, 2, self._generator("warm-up"))
-        self.verify("", problems[0])
+        self.grader.verify("", problems[0])
         logprobs, _ = completion_logprobs(self.policy, batch, self.config.rollout.temperature)
         logprobs.sum().backward()
         self.policy.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.algorithms.metrics import Metrics
-from harness.algorithms.objective import aggregation_weights, weighted_policy_loss
+from harness.algorithms.objective import aggregation_weights, selected_tokens, weighted_policy_loss
 from harness.algorithms.value import value_loss
 from harness.config import OptimizerConfig, RunConfig
 from harness.errors import Diverged
@@ -31,15 +31,17 @@ class Targets:
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
-    routes: Tensor | None = None  # [B, L, routers, k] experts that the old policy chose, on MoE models
+    weights: Tensor | None = None  # of each element in its optimizer batch's loss
+    selected: Tensor | None = None  # bool, tokens of the optimizer batch that the surrogate treats apart
+    routes: Tensor | None = None  # [B, L, layers, k] experts that the old policy's pass used, on MoE models
 
     def select(self, rows: Tensor, micro: Batch) -> "Targets":
         """The given rows, cut to the micro-batch that was selected by them."""
         width, length = micro.mask.shape[1], micro.input_ids.shape[1]
         cut = {
-            name: tensor[rows, :width]
-            for name in ("old_logprobs", "advantages", "ref_logprobs", "old_values", "returns")
-            if (tensor := getattr(self, name)) is not None
+            field.name: tensor[rows, :width]
+            for field in fields(self)
+            if field.name != "routes" and (tensor := getattr(self, field.name)) is not None
         }
         return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
 
@@ -85,12 +87,12 @@ class Updater(ABC):
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         """Gradients of one optimizer batch, the given rows; returns its loss."""
 
-    def micro_batches(self, batch: Batch, targets: Targets, rows: Tensor) -> Iterator[tuple[Tensor, Batch, Targets]]:
-        """Rows, batch and targets of each micro-batch; sequences of like length share one, which saves padding."""
+    def micro_batches(self, batch: Batch, targets: Targets, rows: Tensor) -> Iterator[tuple[Batch, Targets]]:
+        """The micro-batches of the given rows and their targets; sequences of like length share one: less padding."""
         rows = rows[batch.lengths[rows].argsort(stable=True)]
         for micro_rows in rows.split(self.config.model.micro_batch_sequences):
             micro = batch.select(micro_rows)
-            yield micro_rows, micro, targets.select(micro_rows, micro)
+            yield micro, targets.select(micro_rows, micro)
 
     def _step(self, loss: Tensor, metrics: Metrics) -> None:
         """Clip the gradient, check it, step."""
@@ -138,7 +140,7 @@ class CriticUpdater(Updater):
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         tokens = batch.mask[rows].sum()
         total = torch.zeros((), device=batch.mask.device)
-        for _, micro, judged in self.micro_batches(batch, targets, rows):
+        for micro, judged in self.micro_batches(batch, targets, rows):
             assert judged.old_values is not None and judged.returns is not None
             values = self.critic(micro)
             loss, clipped = value_loss(values, judged.old_values, judged.returns, micro.mask, self.value_clip)
@@ -171,18 +173,19 @@ class PolicyUpdater(Updater):
         super().update(batch, targets, generator, metrics)
 
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
+        algorithm, mask = self.config.algorithm, batch.mask[rows]
         weights = torch.zeros_like(batch.mask)
-        weights[rows] = aggregation_weights(batch.mask[rows], self.config.algorithm)
-        tokens = batch.mask[rows].sum()
+        weights[rows] = aggregation_weights(mask, algorithm)
+        selected = torch.zeros_like(batch.mask, dtype=torch.bool)
+        selected[rows] = selected_tokens(targets.advantages[rows], targets.old_logprobs[rows], mask, algorithm)
+        targets = replace(targets, weights=weights, selected=selected)
         total = torch.zeros((), device=batch.mask.device)
-        for micro_rows, micro, judged in self.micro_batches(batch, targets, rows):
-            micro_weights = weights[micro_rows, : micro.mask.shape[1]]
-            total += self._micro_backward(micro, judged, micro_weights, tokens, metrics)
+        for micro, judged in self.micro_batches(batch, targets, rows):
+            total += self._micro_backward(micro, judged, mask.sum(), metrics)
         return total
 
-    def _micro_backward(
-        self, micro: Batch, targets: Targets, weights: Tensor, tokens: Tensor, metrics: Metrics
-    ) -> Tensor:
+    def _micro_backward(self, micro: Batch, targets: Targets, tokens: Tensor, metrics: Metrics) -> Tensor:
+        assert targets.weights is not None and targets.selected is not None
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
         routing = Routing(self.policy, None if algorithm.routing_replay == "disabled" else targets.routes)
@@ -193,9 +196,10 @@ class PolicyUpdater(Updater):
                 targets.old_logprobs,
                 targets.advantages,
                 micro.mask,
-                weights,
+                targets.weights,
+                targets.selected,
                 algorithm,
-                rollout_logprobs=micro.rollout_logprobs,
+                rollout_logprobs=micro.rollout_logprobs if algorithm.old_logprobs == "trainer" else None,
                 ref_logprobs=targets.ref_logprobs,
             )
             if bonus > 0:

@@ -34,6 +34,7 @@ def check(run: RunConfig) -> RunConfig:
             "model.cold_start.task.worked_solution is null: name a writer of worked solutions",
         )
     _check_model(run)
+    _check_steps(run)
     check_evaluation(run.evaluation)
     return run
 
@@ -111,10 +112,24 @@ def _check_ranges(run: RunConfig) -> None:
 
 
 def _check_parts(algorithm: AlgorithmConfig) -> None:
-    for module in ("advantages", "correction", "objective"):  # importing them registers the parts that come with us
-        import_module(f"harness.algorithms.{module}")
+    for module in ("advantages", "correction", "objective", "selection", "shaping", "surrogates"):
+        import_module(f"harness.algorithms.{module}")  # registers the parts that come with us
     for kind in PARTS:
         check_settings(kind, getattr(algorithm, kind))
+    for kind, setting in _DIVISORS:
+        value = getattr(algorithm, kind).get(setting, 1)
+        _require(value > 0, f"algorithm.{kind}.{setting}={value}: must be above 0")
+    needs_selection = _trait(algorithm, "surrogate", "needs_selection")
+    _require(
+        needs_selection == (algorithm.selection["name"] != "none"),
+        f"algorithm.surrogate.name={algorithm.surrogate['name']} and algorithm.selection.name="
+        f"{algorithm.selection['name']}: "
+        + (
+            "name a selection, whose tokens it treats apart"
+            if needs_selection
+            else "it treats no token apart; use none"
+        ),
+    )
     kl = algorithm.kl
     _require(kl.estimator in ("k1", "k2", "k3"), f"algorithm.kl.estimator={kl.estimator}: choose k1, k2 or k3")
     _require(kl.placement in ("loss", "reward"), f"algorithm.kl.placement={kl.placement}: choose loss or reward")
@@ -122,12 +137,37 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
         algorithm.entropy_coefficient >= 0,
         f"algorithm.entropy_coefficient={algorithm.entropy_coefficient}: must not be negative; 0 is off",
     )
+    _require(
+        not kl.importance_weighted or (kl.placement == "loss" and not _trait(algorithm, "ratio", "sequence_level")),
+        "algorithm.kl.importance_weighted=true takes a penalty in the loss and an importance ratio of each token: set "
+        "algorithm.kl.placement=loss and algorithm.ratio.name=token, or importance_weighted to false",
+    )
     _require(kl.coefficient >= 0, f"algorithm.kl.coefficient={kl.coefficient}: must not be negative; 0 is off")
     _require(
-        algorithm.routing_replay in ("disabled", "R2"),
-        f"algorithm.routing_replay={algorithm.routing_replay}: choose disabled or R2",
+        algorithm.routing_replay in ("disabled", "R2", "R3"),
+        f"algorithm.routing_replay={algorithm.routing_replay}: choose disabled, R2 or R3",
     )
-    needs_critic = getattr(PARTS["advantage"][algorithm.advantage["name"]], "needs_critic", False)
+    _require(
+        algorithm.old_logprobs in ("trainer", "rollout"),
+        f"algorithm.old_logprobs={algorithm.old_logprobs}: choose trainer or rollout",
+    )
+    _require(
+        algorithm.old_logprobs == "trainer" or algorithm.routing_replay != "R2",
+        "algorithm.routing_replay=R2 records in the trainer's pass for old log-probabilities, which "
+        "algorithm.old_logprobs=rollout leaves out: use R3, or old_logprobs=trainer",
+    )
+    _require(
+        algorithm.old_logprobs == "trainer" or algorithm.correction["name"] == "none",
+        f"algorithm.correction.name={algorithm.correction['name']} compares the rollout's log-probabilities with the "
+        "trainer's, which algorithm.old_logprobs=rollout leaves out: set it to trainer, or the correction to none",
+    )
+    dynamic = algorithm.dynamic_sampling
+    _require(
+        dynamic is None or dynamic.max_batches > 1,
+        "algorithm.dynamic_sampling.max_batches must be at least 2, the first rollout batch included; set "
+        "algorithm.dynamic_sampling=null to switch it off",
+    )
+    needs_critic = _trait(algorithm, "advantage", "needs_critic")
     _require(
         not needs_critic or algorithm.critic is not None,
         f"algorithm.advantage.name={algorithm.advantage['name']} needs a critic: set algorithm.critic (see "
@@ -138,9 +178,23 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
         f"algorithm.critic is set but algorithm.advantage.name={algorithm.advantage['name']} uses none: set it to null",
     )
     _require(
-        needs_critic or algorithm.completions_per_prompt > 1,
+        algorithm.completions_per_prompt > 1
+        or not (_trait(algorithm, "advantage", "needs_group") or algorithm.dynamic_sampling),
         "algorithm.completions_per_prompt=1: a group of one has no baseline; use at least 2, or a critic",
     )
+
+
+# Settings that something is divided by.
+_DIVISORS = (
+    ("aggregation", "length"),
+    ("shaping", "buffer"),
+    ("surrogate", "tau_positive"),
+    ("surrogate", "tau_negative"),
+)
+
+
+def _trait(algorithm: AlgorithmConfig, kind: str, trait: str) -> bool:
+    return getattr(PARTS[kind][getattr(algorithm, kind)["name"]], trait, False)
 
 
 def _check_batch(run: RunConfig) -> None:
@@ -155,11 +209,16 @@ def _check_batch(run: RunConfig) -> None:
         f"rollout.completions_per_batch={completions} does not divide into algorithm.minibatches="
         f"{algorithm.minibatches}: make it a multiple",
     )
-    surrogate = PARTS["surrogate"][algorithm.surrogate["name"]]
     _require(
-        not getattr(surrogate, "clips", False) or algorithm.epochs * algorithm.minibatches > 1,
+        not _trait(algorithm, "surrogate", "clips") or algorithm.epochs * algorithm.minibatches > 1,
         "algorithm.epochs x algorithm.minibatches is one optimizer step for each rollout batch: the importance ratio "
         f"is then 1 and the surrogate '{algorithm.surrogate['name']}' never clips; use at least 2",
+    )
+    buffer, room = algorithm.shaping.get("buffer", 0), run.task.max_completion_tokens
+    _require(
+        buffer <= room,
+        f"algorithm.shaping.buffer={buffer}: the penalty would begin before the first token, since completions of task "
+        f"'{run.task.name}' are cut at task.max_completion_tokens={room}; use at most that",
     )
 
 
@@ -167,6 +226,43 @@ def _check_task(task: TaskConfig, key: str) -> None:
     check_task(task, key)
     for name in ("max_prompt_tokens", "max_completion_tokens"):
         _require(getattr(task, name) > 0, f"{key}.{name}={getattr(task, name)}: must be above 0")
+    errors = task.reward_model
+    _require(
+        0 <= errors.label_noise < 0.5,
+        f"{key}.reward_model.label_noise={errors.label_noise}: must be a probability of at "
+        "least 0 and below 0.5, where nothing is left to learn from; 0 is off",
+    )
+    _require(
+        math.isfinite(errors.length_bias),
+        f"{key}.reward_model.length_bias={errors.length_bias}: must be a finite number; 0 is off",
+    )
+    _require(
+        task.step_verifier is None or (errors.label_noise, errors.length_bias) == (0, 0),
+        f"{key}.step_verifier={task.step_verifier} judges steps, and {key}.reward_model puts errors on the reward of a "
+        "whole answer alone: set step_verifier to null, or label_noise and length_bias to 0",
+    )
+
+
+# What a part with a trait does, and what to use instead.
+_WHOLE_SEQUENCE = {
+    ("ratio", "sequence_level"): ("has one importance ratio for a whole sequence", "sequence_token"),
+    ("surrogate", "sequence_level"): ("has one loss for a whole sequence", "clip"),
+    ("advantage", "outcome_only"): ("has one advantage for a whole sequence", "group"),
+}
+
+
+def _check_steps(run: RunConfig) -> None:
+    """Decline rewards for steps where they would be spread over the whole sequence again."""
+    if run.task.step_verifier is None:
+        return
+    for (kind, trait), (what, instead) in _WHOLE_SEQUENCE.items():
+        if _trait(run.algorithm, kind, trait):
+            key = f"algorithm.{kind}.name"
+            raise Declined(
+                f"{key}={getattr(run.algorithm, kind)['name']} {what}, so that advantages which differ along it, as "
+                f"with the rewards for steps of task '{run.task.name}', cannot tell its tokens apart: use "
+                f"{key}={instead}, or task.step_verifier=null"
+            )
 
 
 def _check_model(run: RunConfig) -> None:
@@ -200,7 +296,7 @@ def is_moe(model: ModelConfig) -> bool:
         assert model.path is not None
 
         try:
-            fields = AutoConfig.from_pretrained(model.path).to_dict()
+            fields = AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={model.path}: {str(error).splitlines()[0]}") from error
     return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))

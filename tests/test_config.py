@@ -27,7 +27,32 @@ from harness.errors import ConfigError
         (["algorithm.minibatches=3"], r"completions_per_batch=256 .* algorithm\.minibatches=3: make it a multiple"),
         (["algorithm.completions_per_prompt=1"], r"algorithm\.completions_per_prompt=1: .* at least 2, or a critic"),
         (["algorithm=ppo", "algorithm.critic=null"], r"algorithm\.advantage\.name=gae needs a critic"),
-        (["algorithm.routing_replay=R3", "model=tiny_moe"], r"algorithm\.routing_replay=R3: choose disabled or R2"),
+        (["algorithm.routing_replay=R4", "model=tiny_moe"], r"algorithm\.routing_replay=R4: choose disabled, R2 or R3"),
+        (
+            ["algorithm=dapo", "algorithm.shaping.buffer=41"],
+            r"algorithm\.shaping\.buffer=41: .* cut at task\.max_completion_tokens=40; use at most that",
+        ),
+        (["algorithm=dapo", "algorithm.shaping.buffer=0"], r"algorithm\.shaping\.buffer=0: must be above 0"),
+        (["algorithm=dr_grpo", "algorithm.aggregation.length=0"], r"algorithm\.aggregation\.length=0: .* above 0"),
+        (["algorithm=sapo", "algorithm.surrogate.tau_negative=0"], r"algorithm\.surrogate\.tau_negative=0.* above 0"),
+        (
+            ["algorithm=clip_cov", "~algorithm.selection", "+algorithm.selection={name: none}"],
+            r"algorithm\.surrogate\.name=clip_selected and algorithm\.selection\.name=none: name a selection",
+        ),
+        (
+            ["algorithm=clip_cov", "~algorithm.surrogate", "+algorithm.surrogate={name: none}"],
+            r"algorithm\.surrogate\.name=none and algorithm\.selection\.name=high_covariance: .* use none",
+        ),
+        (
+            ["algorithm=grpo_kl_in_reward", "algorithm.kl.importance_weighted=true"],
+            r"algorithm\.kl\.importance_weighted=true takes a penalty in the loss .* set algorithm\.kl\.placement=loss",
+        ),
+        (
+            ["algorithm=gspo", "algorithm.kl.importance_weighted=true"],
+            r"importance_weighted=true .* ratio of each token",
+        ),
+        (["algorithm=gmpo", "algorithm.minibatches=1"], r"the surrogate 'geometric_mean' never clips; use at least 2"),
+        (["algorithm=rloo", "algorithm.completions_per_prompt=1"], r"completions_per_prompt=1: .* at least 2"),
         (["algorithm.kl.estimator=k4"], r"algorithm\.kl\.estimator=k4: choose k1, k2 or k3"),
         (["algorithm.optimizer.learning_rate=0"], r"algorithm\.optimizer\.learning_rate=0.*above 0"),
         (["rollout.temperature=nan"], r"rollout\.temperature=nan.*finite"),

@@ -341,11 +341,15 @@ def test_reference_passes_are_always_charged(results, runs):
     assert column(runs["grpo", "tiny_dense"], "flops/reference") == [0.0, 0.0]
 
 
-def test_recording_routes_for_replay_is_always_charged(results, slow):
+@pytest.mark.parametrize(
+    ("algorithm", "phase"), [("grpo_routing_replay", "old_logprobs"), ("grpo_rollout_routing_replay", "rollout")]
+)
+def test_recording_routes_for_replay_is_always_charged(results, slow, monkeypatch, algorithm, phase):
     slow.make_slow(Routing, "choices")
-    directory = run(results, "sweep=recording", "algorithm=grpo_routing_replay", "model=tiny_moe")
+    monkeypatch.setattr(harness.trainer.Trainer, "warm_up", lambda trainer: None)  # samples too, uncharged
+    directory = run(results, "sweep=recording", f"algorithm={algorithm}", "model=tiny_moe")
     assert slow.calls >= 2
-    assert sum(column(directory, "seconds/old_logprobs")) == 1000 * slow.calls
+    assert sum(column(directory, f"seconds/{phase}")) == 1000 * slow.calls
     assert column(directory, "budget/device_seconds")[-1] == 1000 * slow.calls
 
 

@@ -14,7 +14,12 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "cell",
-    ["algorithm=gspo model=tiny_dense", "algorithm=ppo model=tiny_moe", "algorithm=grpo_routing_replay model=tiny_moe"],
+    [
+        "algorithm=gspo model=tiny_dense",
+        "algorithm=ppo model=tiny_moe",
+        "algorithm=grpo_routing_replay model=tiny_moe",
+        "algorithm=grpo_rollout_routing_replay model=tiny_moe",
+    ],
 )
 def test_a_run_on_the_gpu_is_done_and_its_sampler_and_trainer_agree(cold_starts, tmp_path, cell):
     directory = run(tmp_path, "device=cuda", *cell.split())

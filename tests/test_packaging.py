@@ -137,7 +137,9 @@ def test_the_map_names_what_exists():
 def test_the_algorithm_of_the_readme_composes(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     entry = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0]
+    name = yaml.safe_load(entry)["name"]
+    assert f"algorithm=gspo,{name} " in text
     (tmp_path / "algorithm").mkdir()
-    (tmp_path / "algorithm" / "dr_grpo.yaml").write_text(entry, encoding="utf-8")
-    algorithm = compose(["algorithm=dr_grpo"], config_dir=tmp_path).algorithm
-    assert algorithm.advantage["scale"] == "none" and algorithm.aggregation == {"name": "constant_length", "length": 40}
+    (tmp_path / "algorithm" / f"{name}.yaml").write_text(entry, encoding="utf-8")
+    algorithm = compose([f"algorithm={name}"], config_dir=tmp_path).algorithm
+    assert algorithm.name == name and algorithm.advantage["scale"] == "none" and algorithm.kl.coefficient > 0

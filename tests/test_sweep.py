@@ -29,6 +29,7 @@ _TINY = [
     "model.cold_start.batch_size=4",
     "rollout.completions_per_batch=16",
     "task.max_completion_tokens=8",
+    "algorithm.minibatches=4",
     "budget.axis=updates",
     "budget.limits.updates=8",
     "evaluation.tasks=[chain_sum_held_out]",

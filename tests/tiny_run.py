@@ -27,6 +27,7 @@ TINY = [
     "task.max_completion_tokens=12",
     f"rollout.completions_per_batch={COMPLETIONS}",
     "budget.axis=updates",
+    f"algorithm.minibatches={UPDATES}",
     f"budget.limits.updates={2 * UPDATES}",
     "evaluation.tasks=[chain_sum_held_out]",
     "evaluation.fractions=[]",

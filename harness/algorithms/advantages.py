@@ -1,10 +1,13 @@
 """Rewards to advantages.
 
 A registered advantage is called once for a rollout batch as
-``fn(rewards, group_ids, mask, values, **settings) -> (advantages, returns)`` with
-``rewards`` [B, T] (what each completion token earned; an outcome reward sits on the last valid token), ``group_ids``
-[B] (equal for the completions of one prompt), ``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T];
-``returns`` [B, T] is the critic's target, None where there is no critic.
+``fn(rewards, ends, group_ids, mask, values, **settings) -> (advantages, returns)`` with
+``rewards`` [B, T] (what each completion token earned), ``ends`` [B, T] (true at the last token of each rewarded step;
+an outcome reward is one step that ends with the completion), ``group_ids`` [B] (equal for completions of one prompt),
+``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T]; ``returns`` [B, T] is the critic's target, None
+where there is no critic.
+
+Traits: ``needs_critic``, ``needs_group`` (several completions a prompt), ``outcome_only`` (one advantage a completion).
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -18,12 +21,9 @@ if TYPE_CHECKING:
     from harness.config import AlgorithmConfig
 
 
-def place_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Outcome rewards [B] on the last valid position of ``mask`` [B, T]: [B, T]."""
-    token_rewards = torch.zeros_like(mask)
-    last = (mask.sum(1).long() - 1).clamp(min=0)
-    token_rewards[torch.arange(len(mask), device=mask.device), last] = rewards
-    return token_rewards
+def last_tokens(mask: Tensor) -> Tensor:
+    """[B, T] bool, true at the last valid position of each row of ``mask`` [B, T], where an outcome reward sits."""
+    return (mask.cumsum(1) == mask.sum(1, keepdim=True)) & mask.bool()
 
 
 def group_statistics(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,12 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor
     return mean.masked_fill(alone, 0.0)[index], std.masked_fill(alone, 1.0)[index]
 
 
+def group_sums(values: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] the sum of ``values`` [B] over each completion's group."""
+    groups, index = torch.unique(group_ids, return_inverse=True)
+    return values.new_zeros(len(groups)).index_add_(0, index, values)[index]
+
+
 def all_equal(rewards: Tensor, std: Tensor) -> Tensor:
     """[B] whether the rewards of each completion's group are equal but for rounding; ``std`` [B] is the group's."""
     return std <= 1e-6 * rewards.abs().clamp(min=1.0)
@@ -63,28 +69,131 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, config: "AlgorithmConfi
     """
     function, settings = part("advantage", config.advantage)
     ones = torch.ones_like(rewards).unsqueeze(1)
-    advantages, _ = function(rewards.unsqueeze(1), group_ids, ones, None, **settings)
+    advantages, _ = function(rewards.unsqueeze(1), ones.bool(), group_ids, ones, None, **settings)
     return advantages.squeeze(1)
 
 
-@register("advantage", "group")
+@register("advantage", "group", needs_group=True)
 def group(
     rewards: Tensor,
+    ends: Tensor,
     group_ids: Tensor,
     mask: Tensor,
     values: Tensor | None,
     *,
-    scale: Literal["std", "none"],
+    scale: Literal["std", "none", "batch"],
     epsilon: float,
 ) -> tuple[Tensor, None]:
-    """``scale: std``: (r - mean) / (std + epsilon) (GRPO, arXiv 2402.03300); ``scale: none``: r - mean (Dr. GRPO)."""
-    totals = (rewards * mask).sum(1)
-    mean, std = group_statistics(totals, group_ids)
-    advantages = totals - mean
-    if scale == "std":
+    """Rewards relative to those of the group.
+
+    ``scale: std``: (r - mean) / (std + epsilon) (GRPO, arXiv 2402.03300, section 4.1.2); ``none``: r - mean (Dr. GRPO,
+    arXiv 2503.20783); ``batch``: as ``std``, with the deviation of all rewards of the rollout batch (Lite PPO, arXiv
+    2508.08221).
+
+    With rewards for steps, each is compared with all steps of the group, and a token's advantage is the sum over the
+    steps that end at or after it (process supervision, section 4.1.3).
+    """
+    rows, columns, steps = step_rewards(rewards, ends, mask)
+    mean, std = group_statistics(steps, group_ids[rows])
+    advantages = steps - mean
+    if scale != "none":
+        divisor = std if scale == "std" else group_statistics(steps, torch.zeros_like(rows))[1]
         # Rounding in the mean leaves about 1e-8 where all rewards are equal, which a tiny std would blow up.
-        advantages = (advantages / (std + epsilon)).masked_fill(all_equal(totals, std), 0.0)
-    return advantages.unsqueeze(1) * mask, None
+        advantages = (advantages / (divisor + epsilon)).masked_fill(all_equal(steps, std), 0.0)
+    placed = torch.zeros_like(mask).index_put((rows, columns), advantages)
+    return to_go(placed) * mask, None
+
+
+@register("advantage", "leave_one_out", needs_group=True, outcome_only=True)
+def leave_one_out(
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
+) -> tuple[Tensor, None]:
+    """The reward minus the mean of the other completions of the group (RLOO, arXiv 2402.14740)."""
+    outcomes = outcome_rewards(rewards, mask)
+    mean, _ = group_statistics(outcomes, group_ids)
+    size = group_sums(torch.ones_like(outcomes), group_ids)
+    return spread(size / (size - 1).clamp(min=1) * (outcomes - mean), mask), None
+
+
+@register("advantage", "optimal_baseline", needs_group=True, outcome_only=True)
+def optimal_baseline(
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
+) -> tuple[Tensor, None]:
+    """The reward minus the group's mean reward weighted by lengths: the baseline of least variance if a completion's
+    squared gradient grows with its length (OPO, arXiv 2505.23585); 0 for a group of one."""
+    outcomes, lengths = outcome_rewards(rewards, mask), mask.sum(1)
+    baseline = group_sums(lengths * outcomes, group_ids) / group_sums(lengths, group_ids).clamp(min=1)
+    baseline = baseline.masked_fill(group_sums(torch.ones_like(outcomes), group_ids) == 1, 0.0)
+    return spread(outcomes - baseline, mask), None
+
+
+@register("advantage", "active_group", needs_group=True, outcome_only=True)
+def active_group(
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
+) -> tuple[Tensor, None]:
+    """(r - mean) x completions / completions of groups whose rewards differ: groups that say nothing do not thin out
+    the gradient (GPG, arXiv 2504.02546)."""
+    outcomes = outcome_rewards(rewards, mask)
+    mean, std = group_statistics(outcomes, group_ids)
+    active = ~all_equal(outcomes, std)
+    return spread(active * (outcomes - mean) * (len(outcomes) / active.sum().clamp(min=1)), mask), None
+
+
+@register("advantage", "whitened_return")
+def whitened_return(
+    rewards: Tensor,
+    ends: Tensor,
+    group_ids: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    *,
+    baseline: Literal["none", "group"],
+) -> tuple[Tensor, None]:
+    """The return from each token on, whitened over the rollout batch's valid tokens (REINFORCE++, arXiv 2501.03262).
+
+    ``baseline: group`` first subtracts the mean of the group (REINFORCE++-baseline).
+    """
+    if baseline == "group":
+        returns, _ = group(rewards, ends, group_ids, mask, values, scale="none", epsilon=0.0)
+    else:
+        returns = to_go(rewards * mask) * mask
+    return whitened(returns, mask), None
+
+
+@register("advantage", "reward")
+def reward(
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
+) -> tuple[Tensor, None]:
+    """The return from each token on, without a baseline (REINFORCE, Williams 1992)."""
+    return to_go(rewards * mask) * mask, None
+
+
+def outcome_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B] what each completion earned, from ``rewards`` [B, T]."""
+    return (rewards * mask).sum(1)
+
+
+def spread(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] one advantage a completion, ``advantages`` [B], at each of its valid positions."""
+    return advantages.unsqueeze(1) * mask
+
+
+def step_rewards(rewards: Tensor, ends: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each step earned: rewards [B, T] summed from the step before it to its end.
+
+    Returns:
+        rows [S], columns [S] and rewards [S] of the S steps, in the order of the rows and from left to right.
+    """
+    rows, columns = ends.nonzero(as_tuple=True)
+    until = (rewards * mask).cumsum(1)[rows, columns]
+    before = torch.cat([until.new_zeros(1), until[:-1]])
+    first = torch.cat([rows.new_full((1,), -1), rows[:-1]]) != rows
+    return rows, columns, until - before.masked_fill(first, 0.0)
+
+
+def to_go(rewards: Tensor) -> Tensor:
+    """[B, T] sums from each position to the end of its row."""
+    return rewards.flip(1).cumsum(1).flip(1)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -126,7 +235,15 @@ def whitened(values: Tensor, mask: Tensor) -> Tensor:
 
 @register("advantage", "gae", needs_critic=True)
 def gae_advantage(
-    rewards: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor, *, gamma: float, lam: float, whiten: bool
+    rewards: Tensor,
+    ends: Tensor,
+    group_ids: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    whiten: bool,
 ) -> tuple[Tensor, Tensor]:
     """GAE from the critic's values; returns are taken before whitening (PPO)."""
     advantages, returns = gae(rewards, values, mask, gamma, lam)

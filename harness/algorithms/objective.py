@@ -3,13 +3,17 @@
 All tensors are [B, T] float32: B sequences, T completion positions, ``mask`` 1 at valid ones. The registered parts:
 
 - ratio: ``fn(logprobs, old_logprobs, mask) -> ratio`` [B, T]
-- surrogate: ``fn(ratio, advantages, logprobs, **settings) -> (loss, clipped_low, clipped_high, outside)``, each [B, T];
-  ``clipped_*`` say where clipping removes the gradient, ``outside`` where the ratio has left the band
+- surrogate: ``fn(elements, **settings) -> Surrogate`` of :class:`Elements` (harness/algorithms/surrogates.py)
 - aggregation: ``fn(mask, **settings) -> weights`` [B, T] over a whole optimizer batch; the loss is the weighted sum, so
   it does not depend on how that batch is cut into micro-batches
+
+A masked position may hold anything; ratios and surrogates are given zeros there.
+
+Traits: ``sequence_level`` (one ratio or loss a sequence), ``clips`` (a surrogate whose clipping removes gradients, so
+that one optimizer step a batch never shows it), ``needs_selection``.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +25,26 @@ from harness.algorithms.registry import part, register
 
 if TYPE_CHECKING:
     from harness.config import AlgorithmConfig
+
+
+class Elements(NamedTuple):
+    """What a surrogate computes its loss from, [B, T] each."""
+
+    ratio: Tensor  # importance ratio; gradients flow through it
+    logprobs: Tensor  # under the policy that is trained; gradients flow through them
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor  # 1 at valid positions
+    selected: Tensor  # bool, the tokens that the selection chose
+
+
+class Surrogate(NamedTuple):
+    """The loss of each element and what clipping did to it, [B, T] each."""
+
+    loss: Tensor
+    clipped_low: Tensor  # bool, where clipping removes the gradient below the band
+    clipped_high: Tensor  # bool, likewise above it
+    outside: Tensor  # bool, where the ratio has left the band
 
 
 def policy_loss(
@@ -47,13 +71,13 @@ def policy_loss(
     Returns:
         the scalar loss, and metrics by name (clip fractions, ratios).
     """
-    weights = aggregation_weights(mask, config)
     loss, metrics = weighted_policy_loss(
         logprobs,
         old_logprobs,
         advantages,
         mask,
-        weights,
+        aggregation_weights(mask, config),
+        selected_tokens(advantages, old_logprobs, mask, config),
         config,
         rollout_logprobs=rollout_logprobs,
         ref_logprobs=ref_logprobs,
@@ -67,44 +91,54 @@ def aggregation_weights(mask: Tensor, config: "AlgorithmConfig") -> Tensor:
     return function(mask, **settings)
 
 
+def selected_tokens(advantages: Tensor, old_logprobs: Tensor, mask: Tensor, config: "AlgorithmConfig") -> Tensor:
+    """[B, T] which tokens of a whole optimizer batch the surrogate treats apart; rows may then be cut alike."""
+    function, settings = part("selection", config.selection)
+    return function(advantages, old_logprobs, mask, **settings)
+
+
 def weighted_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     weights: Tensor,
+    selected: Tensor,
     config: "AlgorithmConfig",
     *,
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """A micro-batch's share of the loss: the sum over its rows, with the optimizer batch's ``weights`` [B, T].
+    """A micro-batch's share of the loss: the sum over its rows, with the optimizer batch's ``weights``, ``selected``.
 
     Arguments and metrics otherwise as in :func:`policy_loss`; the shares of all micro-batches add up to its loss.
     """
+
+    def valid(values: Tensor) -> Tensor:
+        # where, not a product: 0 x inf would be NaN. Before all else, so that NaN does not come back as a gradient.
+        return torch.where(mask.bool(), values, torch.zeros_like(values))
+
+    logprobs, old_logprobs, advantages = valid(logprobs), valid(old_logprobs), valid(advantages)
     ratio_function, ratio_settings = part("ratio", config.ratio)
     surrogate, surrogate_settings = part("surrogate", config.surrogate)
     ratio = ratio_function(logprobs, old_logprobs, mask, **ratio_settings)
-    element_loss, low, high, outside = surrogate(ratio, advantages, logprobs, **surrogate_settings)
-
-    if rollout_logprobs is not None:
-        correction, correction_settings = part("correction", config.correction)
-        log_ratio = (old_logprobs - rollout_logprobs).detach()
-        element_loss = element_loss * correction(log_ratio, mask, **correction_settings)
-    if ref_logprobs is not None and config.kl.placement == "loss":
-        element_loss = element_loss + config.kl.coefficient * kl_divergence(logprobs, ref_logprobs, config.kl.estimator)
-    # where, not a product: a masked position may hold anything, and 0 x inf would be NaN.
-    loss = torch.where(mask.bool(), element_loss * weights, torch.zeros_like(element_loss)).sum()
+    elements = Elements(ratio, logprobs, old_logprobs, advantages, mask, selected)
+    element_loss, low, high, outside = surrogate(elements, **surrogate_settings)
 
     metrics = _ratio_metrics(ratio.detach(), low, high, outside, mask)
     kl_old = kl_divergence(old_logprobs, logprobs.detach(), "k3")
-    metrics.mean("kl/policy_old", torch.where(mask.bool(), kl_old, torch.zeros_like(kl_old)).sum(), mask.sum())
+    metrics.mean("kl/policy_old", (kl_old * mask).sum(), mask.sum())
     if rollout_logprobs is not None:
+        rollout_logprobs = valid(rollout_logprobs)
+        correction, correction_settings = part("correction", config.correction)
+        element_loss = element_loss * correction(old_logprobs - rollout_logprobs, mask, **correction_settings)
         metrics.update(mismatch_metrics(old_logprobs, rollout_logprobs, mask))
     if ref_logprobs is not None:
-        kl = kl_divergence(logprobs.detach(), ref_logprobs, config.kl.estimator)
+        kl = kl_divergence(logprobs, valid(ref_logprobs), config.kl.estimator)
         metrics.mean("kl/reference", (kl * mask).sum(), mask.sum())
-    return loss, metrics
+        if config.kl.placement == "loss":
+            element_loss = element_loss + config.kl.coefficient * (kl * ratio if config.kl.importance_weighted else kl)
+    return (element_loss * weights).sum(), metrics
 
 
 def _ratio_metrics(ratio: Tensor, low: Tensor, high: Tensor, outside: Tensor, mask: Tensor) -> Metrics:
@@ -125,10 +159,10 @@ def _ratio_metrics(ratio: Tensor, low: Tensor, high: Tensor, outside: Tensor, ma
 @register("ratio", "token")
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """exp(l - l_old), one a token (PPO, GRPO)."""
-    return _bounded_exp(torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs)))
+    return _bounded_exp(logprobs - old_logprobs)
 
 
-@register("ratio", "sequence")
+@register("ratio", "sequence", sequence_level=True)
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """(pi / pi_old)^(1/|y|), one a sequence (GSPO, arXiv 2507.18071, eq. 7); the gradient goes through the mean."""
     return _bounded_exp(_mean_log_ratio(logprobs, old_logprobs, mask)).expand_as(logprobs)
@@ -138,35 +172,15 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tens
 def sequence_token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """sg[s_i] exp(l - sg[l]): the sequence's ratio with each token's own gradient (GSPO-token, eq. 14)."""
     sequence = _bounded_exp(_mean_log_ratio(logprobs, old_logprobs, mask)).detach()
-    change = torch.where(mask.bool(), logprobs - logprobs.detach(), torch.zeros_like(logprobs))
-    return sequence * change.exp()
+    return sequence * (logprobs - logprobs.detach()).exp()
 
 
 def _mean_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
-    return log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return (logprobs - old_logprobs).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-
-
-@register("surrogate", "clip", clips=True)
-def clip(
-    ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347, eq. 7)."""
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages)
-    below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
-    return loss, below & (advantages < 0), above & (advantages > 0), below | above
-
-
-@register("surrogate", "none")
-def none(ratio: Tensor, advantages: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-A l, the plain policy gradient (REINFORCE); it clips nothing."""
-    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
-    return -advantages * logprobs, nowhere, nowhere, nowhere
 
 
 @register("aggregation", "sequence_mean")

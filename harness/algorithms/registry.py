@@ -15,6 +15,8 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "surrogate": {},
     "aggregation": {},
     "correction": {},
+    "selection": {},
+    "shaping": {},
 }
 
 
@@ -22,7 +24,7 @@ def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
     """Make a function available to `algorithm.<kind>.name`.
 
     Args:
-        kind: advantage, ratio, surrogate, aggregation or correction.
+        kind: one of the kinds in PARTS.
         name: what the configuration calls it.
         traits: facts for validation, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
 

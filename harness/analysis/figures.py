@@ -13,12 +13,14 @@ from harness.analysis.panels import (
     panel_legend,
     panels,
     runs_note,
+    title,
 )
 from harness.analysis.phases import budget_by_phase
 from harness.analysis.statistics import Curve, curve, curve_at_points, mean_over_steps
 from harness.analysis.style import Drawing, Unit, looks, unit
 from harness.analysis.sweep import Sweep
 
+REWARD, TRUE_REWARD, STEP_REWARD = "reward/mean", "reward/true_mean", "reward/step_mean"
 CLIP_FRACTION = "clip_fraction/token"
 EXPERT_CHANGE, USED_EXPERT_CHANGE = "moe/expert_change_fraction", "moe/used_expert_change_fraction"
 TOKEN_CHANGE = "moe/token_change_fraction"
@@ -28,25 +30,53 @@ _DYNAMICS = {"entropy": "Entropy (nats)", "grad_norm": "Gradient norm", "ratio/m
 def all_figures(sweep: Sweep) -> list[Drawing]:
     """Every figure that the sweep has data for, in the order of the report. Call inside `figure_style()`."""
     functions: list[Callable[[Sweep], Drawing | None]] = [
-        training_reward, downstream_accuracy, clip_fraction, expert_change, budget_by_phase, training_dynamics,
+        training_reward, true_reward, step_reward, downstream_accuracy, clip_fraction, expert_change,
+        budget_by_phase, training_dynamics,
     ]  # fmt: skip
     return [drawing for function in functions if (drawing := function(sweep)) is not None]
 
 
 def training_reward(sweep: Sweep) -> Drawing | None:
-    """Reward of the rollout batches against budget, one panel per model."""
-    curves = _curves(sweep, "reward/mean")
+    """What the algorithms are trained on, against budget."""
+    errors = ", with the reward model's errors" if has_reward_errors(sweep) else ""
+    return _reward_curves(sweep, REWARD, "training_reward", "Training reward", f"reward of each rollout batch{errors}")
+
+
+def true_reward(sweep: Sweep) -> Drawing | None:
+    """What the verifier says of the same completions, where a reward model with errors says something else."""
+    if not has_reward_errors(sweep):
+        return None
+    described = "reward of each rollout batch as the verifier gives it, without the reward model's errors"
+    return _reward_curves(sweep, TRUE_REWARD, "true_reward", "True reward", described)
+
+
+def step_reward(sweep: Sweep) -> Drawing | None:
+    """Of the intermediate steps, for tasks that reward them."""
+    described = "reward of the intermediate steps that the problems of each rollout batch have (0 where one is missing)"
+    return _reward_curves(sweep, STEP_REWARD, "step_reward", "Reward of intermediate steps", described)
+
+
+def has_reward_errors(sweep: Sweep) -> bool:
+    """Whether any run was trained on another reward than the true one."""
+    if TRUE_REWARD not in sweep.runs:
+        return False
+    return bool((sweep.runs[TRUE_REWARD] - sweep.runs[REWARD]).abs().gt(0).any())
+
+
+def _reward_curves(sweep: Sweep, metric: str, name: str, what: str, described: str) -> Drawing | None:
+    """One panel per setting."""
+    curves = _curves(sweep, metric)
     if not curves:
         return None
     settings, budget = _settings(curves), _budget(sweep)
     figure, axes = panels(len(settings), [2.6])
     for column, setting in enumerate(settings):
         _draw(sweep, axes[0, column], curves, setting, budget)
-        axes[0, column].set(title=setting, xlabel=budget.label)
-    axes[0, 0].set_ylabel("Training reward")
+        axes[0, column].set(title=title(setting), xlabel=budget.label)
+    axes[0, 0].set_ylabel(what)
     legend(figure, looks(sweep), _variants(sweep, curves))
-    caption = f"Mean reward of each rollout batch, at what was spent after it, {_until(sweep, budget)}, unsmoothed."
-    return Drawing("training_reward", "Training reward", f"{caption} {runs_note(sweep, curves)}", figure)
+    caption = f"Mean {described}, at what was spent after it, {_until(sweep, budget)}, unsmoothed."
+    return Drawing(name, what, f"{caption} {runs_note(sweep, curves)}", figure)
 
 
 def downstream_accuracy(sweep: Sweep) -> Drawing | None:
@@ -72,7 +102,7 @@ def downstream_accuracy(sweep: Sweep) -> Drawing | None:
             axes[row, column].axhline(here["score"].mean(), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)))
             _draw(sweep, axes[row, column], by_task[task], setting, budget, marker="o")
     for column, setting in enumerate(settings):
-        axes[0, column].set_title(setting)
+        axes[0, column].set_title(title(setting))
         axes[-1, column].set_xlabel(budget.label)
     first = by_task[tasks[0]]
     figure.align_ylabels()
@@ -102,7 +132,7 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
     zeros = []
     for column, setting in enumerate(settings):
         _draw(sweep, axes[0, column], curves, setting, budget, log=True, marker=".")
-        axes[0, column].set(title=setting, xlabel=budget.label)
+        axes[0, column].set(title=title(setting), xlabel=budget.label)
         labels = {}
         for variant, rows in _rows(sweep, CLIP_FRACTION, setting).items():
             mean = mean_over_steps(sweep.finished(rows), CLIP_FRACTION).mean()
@@ -130,7 +160,7 @@ def expert_change(sweep: Sweep) -> Drawing | None:
         return None
     settings, budget, look = _settings(native), _budget(sweep), looks(sweep)
     tokens, used = _curves(sweep, TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
-    reward = _curves(sweep, "reward/mean")
+    reward = _curves(sweep, REWARD)
     figure, axes = panels(3, [2.6] * len(settings), sharey="none", width=3.0)
     fixed = []
     for row, setting in enumerate(settings):
@@ -149,11 +179,11 @@ def expert_change(sweep: Sweep) -> Drawing | None:
                 ha="right", fontsize=7, color=look[variant].color,
             )  # fmt: skip
         _draw(sweep, right, reward, setting, budget)
-        first.set(title=f"{setting}: tokens", ylabel="Tokens with a changed expert (fraction)")
+        first.set(title=f"{title(setting)}: tokens", ylabel="Tokens with a changed\nexpert (fraction)")
         first.set_ylim(bottom=0)
-        left.set(title=f"{setting}: choices", ylabel="Changed choices (fraction)")
+        left.set(title=f"{title(setting)}: choices", ylabel="Changed choices (fraction)")
         left.set_ylim(bottom=-0.04 * left.get_ylim()[1])
-        right.set(title=f"{setting}: reward", ylabel="Training reward")
+        right.set(title=f"{title(setting)}: reward", ylabel="Training reward")
     for column in range(3):
         axes[-1, column].set_xlabel(budget.label)
     legend(figure, look, _variants(sweep, native))
@@ -184,7 +214,7 @@ def training_dynamics(sweep: Sweep) -> Drawing | None:
             log_axis(axes[row, 0], list(curves.values()))
             _plain_ticks(axes[row, 0].yaxis)
     for column, setting in enumerate(settings):
-        axes[0, column].set_title(setting)
+        axes[0, column].set_title(title(setting))
         axes[-1, column].set_xlabel(budget.label)
     figure.align_ylabels()
     legend(figure, looks(sweep), _variants(sweep, first))

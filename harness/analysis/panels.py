@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.analysis.statistics import MIN_RUNS_FOR_INTERVAL, RESAMPLES, Curve
+from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
+from harness.analysis.statistics import Curve
 from harness.analysis.style import Look, Unit
 from harness.analysis.sweep import Sweep
 
@@ -18,11 +19,20 @@ Curves = Mapping[tuple[str, str], Curve]  # by (variant, setting)
 def panels(
     columns: int, heights: Sequence[float], *, sharey: Literal["row", "none"] = "row", width: float = 3.7
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of panels: (figure, axes `[rows, columns]`). Sizes are inches of one panel."""
+    """A figure with a grid of panels: (figure, axes `[rows, columns]`). Sizes are inches of one panel.
+
+    More than three columns get narrower, so that a page that scales the figure down leaves its text legible.
+    """
+    width = min(width, max(3 * width / columns, 2.4))
     figure = Figure(figsize=(max(width * columns, 5.6), sum(heights) + 0.35), layout="constrained")
     grid = {"height_ratios": list(heights)}
     axes = figure.subplots(len(heights), columns, squeeze=False, sharey=sharey, sharex="col", gridspec_kw=grid)
     return figure, axes
+
+
+def title(setting: str) -> str:
+    """Of a panel: the model, and the task, where there are several, below it."""
+    return setting.replace("/", "\n")
 
 
 def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = False, marker: str = "") -> None:
@@ -80,8 +90,6 @@ def runs_note(sweep: Sweep, curves: Curves) -> str:
             f"({RESAMPLES:,} resamples)."
         )
     parts.append(_counts(curves))
-    if any(curve.n == MIN_RUNS_FOR_INTERVAL for curve in means):
-        parts.append(f"With {_n(3)} the interval is no more than the range of the three runs.")
     if few:
         parts.append("With fewer than 3 runs each is drawn by itself, without interval.")
     if unfinished:

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from harness.analysis.intervals import RESAMPLES
 from harness.analysis.panels import panels
-from harness.analysis.statistics import RESAMPLES, estimate
+from harness.analysis.statistics import estimate
 from harness.analysis.style import Drawing, unit
 from harness.analysis.sweep import Sweep, columns_of
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
-MIN_RUNS_FOR_INTERVAL = 3
+from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, bootstrap_interval
+
 GRID_POINTS = 120
 
 
@@ -39,24 +38,6 @@ class Curve:
     high: np.ndarray
     finished: list[tuple[np.ndarray, np.ndarray]]
     unfinished: list[tuple[np.ndarray, np.ndarray]]
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The seeded 95 % percentile bootstrap interval of the mean over the first axis.
-
-    Args:
-        values: `[n, ...]`, one row per run.
-
-    Returns:
-        (low, high), each `[...]`.
-    """
-    n = len(values)
-    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    counts = np.stack([(drawn == run).sum(axis=1) for run in range(n)], axis=1)  # [RESAMPLES, n]
-    means = np.tensordot(counts / n, values, axes=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return low, high
 
 
 def estimate(values: pd.Series) -> Estimate:

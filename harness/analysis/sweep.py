@@ -22,8 +22,8 @@ class Sweep:
         axis, limit: the budget that is equal for all cells.
         cells, runs, evaluations, samples: the frames of :mod:`harness.runs`, with two columns more: `variant`, the
             algorithm, and whatever else its cells of one model differ in, e.g. a learning rate that is searched; and
-            `setting`, the model, and the task where there are several. Means are over the seeds of a variant in a
-            setting. `runs` ends at the budget's limit and holds no rows of cells without metrics.
+            `setting`, the model, and `model/task` where there are several tasks. Means are over the seeds of a variant
+            in a setting. `runs` ends at the budget's limit and holds no rows of cells without metrics.
         variants, settings: their values in the order of the sweep's plan.
     """
 
@@ -59,7 +59,7 @@ def read_sweep(path: PathLike) -> Sweep:
     """
     cells = load_cells(path)
     several = cells["task"].nunique() > 1
-    cells["setting"] = cells["model"] + (" on " + cells["task"] if several else "")
+    cells["setting"] = cells["model"] + ("/" + cells["task"] if several else "")
     cells["variant"] = _variants(cells)
     columns = cells[["run", "variant", "setting"]]
     axes, limits = cells["budget_axis"].dropna(), cells["budget_limit"].dropna()

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.analysis.figures import CLIP_FRACTION, EXPERT_CHANGE, USED_EXPERT_CHANGE
+from harness.analysis.figures import (
+    CLIP_FRACTION,
+    EXPERT_CHANGE,
+    REWARD,
+    STEP_REWARD,
+    TRUE_REWARD,
+    USED_EXPERT_CHANGE,
+    has_reward_errors,
+)
 from harness.analysis.phases import phase_costs
 from harness.analysis.statistics import Estimate, estimate, mean_over_steps
 from harness.analysis.style import unit
@@ -63,7 +71,7 @@ class Table:
 def all_tables(sweep: Sweep) -> list[Table]:
     """Every table that the sweep has data for, in the order of the report."""
     functions: list[Callable[[Sweep], Table]] = [
-        final_scores, budgets, phases, clip_fractions, expert_changes, learning_rate_search, completion,
+        final_scores, rewards, budgets, phases, clip_fractions, expert_changes, learning_rate_search, completion,
     ]  # fmt: skip
     return [table for function in functions if len((table := function(sweep)).frame)]
 
@@ -112,6 +120,18 @@ def final_scores(sweep: Sweep) -> Table:
         pd.DataFrame(rows),
         {**three, "change": "{:+.3f}", "problems": "{:.0f}"},
     )
+
+
+def rewards(sweep: Sweep) -> Table:
+    """The true reward beside what differs from it: the reward that was trained on, and that of intermediate steps."""
+    names = {TRUE_REWARD: "true reward", REWARD: "training reward", STEP_REWARD: "intermediate steps"}
+    told = has_reward_errors(sweep) or STEP_REWARD in sweep.runs
+    note = (
+        "True reward: the verifier's, of the final answer. Training reward: the same with the reward model's errors. "
+        "Intermediate steps: the mean reward of those that the problems have. Means over steps of a run, then over "
+        f"finished runs; {_INTERVAL}, here of the true reward."
+    )  # fmt: skip
+    return Table("reward", "Rewards", note, _means_of_metrics(sweep, names) if told else pd.DataFrame(), _STEPS)
 
 
 def budgets(sweep: Sweep) -> Table:
@@ -182,12 +202,13 @@ def learning_rate_search(sweep: Sweep) -> Table:
     cells = cells[cells["status"] != "skipped"]
     tried = cells.groupby(["algorithm", "setting"])["learning_rate"].nunique()
     note = (
-        "Mean of reward/mean over the steps within the budget, then over seeds, by model; average is over models. A "
-        "failed or diverged run counts as the worst, so that its rate cannot win; a dash: not all runs are finished."
+        "Mean of reward/mean over the steps within the budget, then over seeds, by model (and task); average is over "
+        "these. A failed or diverged run counts as the worst, so that its rate cannot win; a dash: not all runs are "
+        "finished."
     )  # fmt: skip
     if not (tried > 1).any():
         return Table("learning_rate_search", "Learning-rate search", note, pd.DataFrame())
-    reward = mean_over_steps(sweep.runs, "reward/mean") if "reward/mean" in sweep.runs else pd.Series(dtype=float)
+    reward = mean_over_steps(sweep.runs, REWARD) if REWARD in sweep.runs else pd.Series(dtype=float)
     value = cells["run"].map(reward).where(cells["status"] == "done")
     value = value.mask(cells["status"].isin(["failed", "diverged"]), -np.inf)
     # skipna=False: a rate whose runs are not all there has no mean yet. A model that was skipped is not waited for.

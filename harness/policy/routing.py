@@ -1,92 +1,164 @@
 """Record, replay and compare expert choices of mixture-of-experts models.
 
 Only the chosen expert indices are kept. On replay each router computes its weights from its current logits at the
-recorded indices, by its own arithmetic: while its forward runs, its `torch.topk` is answered with the recorded choice.
-Router weights keep their gradient, and where the model renormalises the chosen weights it still does.
+recorded indices, by its own arithmetic: while its forward runs, its `torch.topk` over the experts is answered with the
+recorded choice. Router weights keep their gradient, and where the model renormalises the chosen weights it still does.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import filterfalse
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.return_types import topk as TopK
+from transformers import PreTrainedModel
+
+from harness.errors import ConfigError
+from harness.policy.loading import autocast, decoder
+
+_TOPK = (torch.topk, Tensor.topk)
+_MASKED_FILL = (torch.masked_fill, Tensor.masked_fill)
+
+
+def expert_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a mixture-of-experts model that route to experts, in the model's order; none in a dense model.
+
+    They are the modules right around stacked experts, which is where transformers has their router too.
+    """
+    return [module for module in model.modules() if any(map(_is_experts, module.children()))]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether it holds weights [experts, in, out]."""
+    count = getattr(module, "num_experts", None)
+    return any(weight.ndim == 3 and len(weight) == count for weight in module.parameters(recurse=False))
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """The routers of a mixture-of-experts model in the order of its layers; none in a dense model."""
-    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    """The routers of a mixture-of-experts model in the order of its layers."""
+    children = [child for layer in expert_layers(model) for child in layer.named_children()]
+    return [module for name, module in children if name in ("gate", "router")]
+
+
+@torch.no_grad()
+def check_routing(model: PreTrainedModel) -> None:
+    """Route a few tokens.
+
+    Raises:
+        ConfigError: if a layer's expert choices cannot be observed.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    input_ids = torch.arange(8, device=model.device).remainder(vocabulary).unsqueeze(0)
+    with autocast(model.device), Routing(model).watch():
+        decoder(model)(input_ids=input_ids, use_cache=False)
 
 
 class Routing(TorchFunctionMode):
     """The expert choices of forward passes.
 
-    ``native`` and ``used`` hold, for each router, the indices [tokens, k] that it would choose and that it used in the
-    latest forward pass; they differ under replay alone.
+    A choice is a top-k over [tokens, experts] scores that any module beside the experts asks for: that is their router.
+    Its rankings of expert groups have other shapes, and are left alone.
+
+    Attributes:
+        layers: those that route to experts.
+        replay: [B, L, layers, k] indices to use instead of the layers' own, or None.
+        native: for each layer the indices [tokens, k] that it would choose in the latest forward pass.
+        used: those that it used; they differ under replay alone.
     """
 
     def __init__(self, model: nn.Module, replay: Tensor | None = None) -> None:
-        """
-        Args:
-            model: the model to watch.
-            replay: [B, L, routers, k] indices to use instead of the routers' own, or None.
-        """
         super().__init__()
-        self.routers = routers(model)
+        self.layers = expert_layers(model)
         self.replay = replay
-        self.native: list[Tensor] = [torch.empty(0)] * len(self.routers)
-        self.used: list[Tensor] = [torch.empty(0)] * len(self.routers)
+        self.native: list[Tensor] = [torch.empty(0)] * len(self.layers)
+        self.used: list[Tensor] = [torch.empty(0)] * len(self.layers)
+        self._counts = [next(filter(_is_experts, layer.children())).num_experts for layer in self.layers]
         self._layer = -1
+        self._masked: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self._layer < 0 or func not in (torch.topk, Tensor.topk):
-            return func(*args, **kwargs)
-        native = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
+        if func in _MASKED_FILL:
+            self._masked = result, args[0]
+        elif func in _TOPK and args[0].shape[1:] == (self._counts[self._layer],):
+            return self._choose(args[0], result)
+        return result
+
+    def _choose(self, scores: Tensor, native: TopK) -> TopK:
         self.native[self._layer] = self.used[self._layer] = native.indices
         if self.replay is None:
             return native
+        if self._masked is not None and scores is self._masked[0]:
+            # Scores outside of the groups that are chosen now: a recorded expert there has its real one underneath.
+            scores = self._masked[1]
         indices = self.replay[:, :, self._layer].reshape(native.indices.shape).long()
         self.used[self._layer] = indices
-        return TopK((args[0].gather(-1, indices), indices))
+        return TopK((scores.gather(-1, indices), indices))
 
     @contextmanager
     def watch(self) -> Iterator["Routing"]:
-        """Record, and replay, the forward passes made inside."""
+        """Record, and replay, the forward passes made inside.
+
+        Raises:
+            ConfigError: if a layer has made no choice that could be seen.
+        """
         handles = []
-        for layer, router in enumerate(self.routers):
-            handles.append(router.register_forward_pre_hook(lambda *_, layer=layer: self._enter(layer)))
-            handles.append(router.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        for index, layer in enumerate(self.layers):
+            for child in filterfalse(_is_experts, layer.children()):
+                handles.append(child.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
+                # Recomputation for a backward pass ends by an exception, maybe in here.
+                handles.append(child.register_forward_hook(lambda *_: self._leave(), always_call=True))
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
+        for layer, indices in zip(self.layers, self.native, strict=True):
+            if not indices.numel():
+                raise ConfigError(
+                    f"model: {type(layer).__name__} chooses its experts without a top-k over all their scores, so that "
+                    "its choices can be neither recorded nor replayed; choose a model of another architecture"
+                )
 
-    def _enter(self, layer: int) -> None:
-        self._layer = layer
+    def _enter(self, index: int) -> None:
+        self._layer = index
         self.__enter__()
 
     def _leave(self) -> None:
         self.__exit__(None, None, None)
-        self._layer = -1
+        self._layer, self._masked = -1, None
 
     def choices(self, rows: int) -> Tensor:
-        """The native choices as [B, L, routers, k] for ``rows`` = B, in the smallest integer type."""
+        """The native choices as [B, L, layers, k] for ``rows`` = B, in the smallest integer type."""
         stacked = torch.stack([indices.reshape(rows, -1, indices.shape[-1]) for indices in self.native], 2)
         return stacked.to(torch.int16)
+
+
+def padding_routes(rows: int, length: int, like: Tensor) -> Tensor:
+    """Routes [rows, length, layers, k] where nothing is recorded: the first experts, as good as any others.
+
+    Whatever follows a sequence cannot reach it.
+
+    Args:
+        rows: how many rows.
+        length: how many positions.
+        like: recorded routes [..., layers, k].
+    """
+    layers, k = like.shape[-2:]
+    return torch.arange(k, dtype=like.dtype, device=like.device).repeat(rows, length, layers, 1)
 
 
 def changes(new: list[Tensor], old: Tensor) -> tuple[Tensor, Tensor]:
     """How many expert choices are new.
 
     Args:
-        new: for each router the indices [tokens, k] of the new policy.
-        old: [tokens, routers, k] of the old policy.
+        new: for each layer the indices [tokens, k] of the new policy.
+        old: [tokens, layers, k] of the old policy.
 
     Returns:
-        the number of (token, router, slot) choices that are not among the old ones of that token and router, and the
+        the number of (token, layer, slot) choices that are not among the old ones of that token and layer, and the
         number of tokens with any such choice.
     """
     stacked = torch.stack(new, 1)

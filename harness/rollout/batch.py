@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Batch:
     mask: Tensor  # [B, T] float, 1 at sampled tokens, the end-of-sequence token included
     group_ids: Tensor  # [B] int, equal for the completions of one prompt
     rollout_logprobs: Tensor  # [B, T] float, as the engine computed them at sampling
+    routes: Tensor | None = None  # [B, L, layers, k] experts that the engine chose, where it was asked to record them
 
     @property
     def lengths(self) -> Tensor:
@@ -33,12 +35,21 @@ class Batch:
 
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, cut to the longest among them."""
-        part = Batch(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        part = Batch(**{name: tensor[rows] for name, tensor in self._tensors().items()})
         length, width = int(part.lengths.max()), int(part.completion_lengths.max())
         part.input_ids = part.input_ids[:, :length]
+        part.routes = None if part.routes is None else part.routes[:, :length]
         for name in ("completions", "mask", "rollout_logprobs"):
             setattr(part, name, getattr(part, name)[:, :width])
         return part
+
+    @staticmethod
+    def concatenate(parts: "list[Batch]") -> "Batch":
+        """Several rollout batches as one; their groups stay apart."""
+        columns = {name: stack_rows([getattr(part, name) for part in parts]) for name in parts[0]._tensors()}
+        groups = torch.tensor([0, *(int(part.group_ids.max()) + 1 for part in parts[:-1])]).cumsum(0)
+        shifted = [part.group_ids + int(shift) for part, shift in zip(parts, groups, strict=True)]
+        return Batch(**{**columns, "group_ids": torch.cat(shifted)})
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Rows [N] and columns [N] of ``input_ids`` from which the N valid completion tokens are predicted."""
@@ -47,7 +58,21 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """On another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Batch(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in columns.items() if tensor is not None}
+
+
+def stack_rows(parts: list[Tensor]) -> Tensor:
+    """Tensors [B_i, L_i, ...] on top of each other, padded on the right with 0 to the longest L."""
+    if parts[0].dim() == 1:
+        return torch.cat(parts)
+    length = max(part.shape[1] for part in parts)
+    behind = [0, 0] * (parts[0].dim() - 2)
+    return torch.cat([F.pad(part, [*behind, 0, length - part.shape[1]]) for part in parts])
 
 
 def join(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 
 class SlotLayer(DynamicLayer):
@@ -52,8 +52,25 @@ class SlotLayer(DynamicLayer):
         return states.new_empty(rows, heads, self.capacity, dim)
 
 
+class StateLayer(LinearAttentionLayer):
+    """One layer's states of fixed size (linear attention, convolution), whose rows transformers only reorders."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times in a row."""
+        states = next(state for state in self.conv_states.values() if state is not None)
+        self.batch_select_indices(torch.arange(len(states), device=states.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        self.reorder_cache(indices)  # type: ignore[arg-type]
+
+
 def build_cache(config: PretrainedConfig, capacity: int) -> Cache:
-    """A cache for ``capacity`` tokens a row; layers that are not plain attention keep transformers' own kind."""
+    """A cache for ``capacity`` tokens a row; other kinds of layers, as sliding windows, are transformers' own."""
     cache = DynamicCache(config=config)
-    cache.layers = [SlotLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = SlotLayer(capacity)
+        elif type(layer) is LinearAttentionLayer:
+            cache.layers[index] = StateLayer(layer.number_of_states)
     return cache

@@ -5,20 +5,31 @@ taken from the logits that the tokens are drawn from. The random numbers of a co
 place in the rollout batch) alone: never on the algorithm, on other completions or on how many are decoded at once.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from harness.config import RolloutConfig
 from harness.policy.loading import autocast
-from harness.rollout.batch import Batch, join
+from harness.policy.routing import Routing, padding_routes
+from harness.rollout.batch import Batch, join, stack_rows
 from harness.rollout.cache import build_cache
 
 
 class EmbeddedEngine:
     """Samples from the policy that is trained; there are no weights to transfer."""
 
-    def __init__(self, model: PreTrainedModel, config: RolloutConfig, eos: int, pad: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: RolloutConfig,
+        eos: int,
+        pad: int,
+        max_tokens: int,
+        record_routes: bool = False,
+    ) -> None:
         """
         Args:
             model: the policy.
@@ -26,8 +37,10 @@ class EmbeddedEngine:
             eos: the token that ends a completion.
             pad: the token that fills up rows.
             max_tokens: completions are cut at this length.
+            record_routes: whether batches hold the experts that each token was routed to (for R3, arXiv 2510.11370).
         """
         self.model, self.config, self.eos, self.pad, self.max_tokens = model, config, eos, pad, max_tokens
+        self.record_routes, self.routing = record_routes, Routing(model)
         self.device = model.device
 
     @torch.no_grad()
@@ -48,14 +61,17 @@ class EmbeddedEngine:
         logprobs = torch.zeros(total, self.max_tokens, device=self.device)
         mask = torch.zeros(total, self.max_tokens, device=self.device)
         at_once = max(1, self.config.decode_sequences // group_size)
-        with autocast(self.device):
+        routes: list[Tensor] = []
+        with autocast(self.device), self.routing.watch() if self.record_routes else nullcontext():
             for first in range(0, len(prompts), at_once):
                 chunk = prompts[first : first + at_once]
                 rows = slice(first * group_size, (first + len(chunk)) * group_size)
-                self._decode(chunk, group_size, noise[rows], completions[rows], logprobs[rows], mask[rows])
+                routes += self._decode(chunk, group_size, noise[rows], completions[rows], logprobs[rows], mask[rows])
         group_ids = torch.arange(len(prompts)).repeat_interleave(group_size)
         repeated = [prompt for prompt in prompts for _ in range(group_size)]
         batch = join(repeated, completions.cpu(), mask.cpu(), logprobs.cpu(), group_ids, self.pad)
+        if self.record_routes:
+            batch.routes = stack_rows(routes)[:, : batch.input_ids.shape[1]]
         return batch.to(self.device)
 
     def _decode(
@@ -66,8 +82,8 @@ class EmbeddedEngine:
         completions: Tensor,
         logprobs: Tensor,
         mask: Tensor,
-    ) -> None:
-        """Fill the rows of one chunk, in place."""
+    ) -> list[Tensor]:
+        """Fill the rows of one chunk, in place; returns its routes [rows, L, layers, k] if they are recorded."""
         width = max(map(len, prompts))
         padded = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
         input_ids = torch.tensor(padded, device=self.device)
@@ -76,6 +92,7 @@ class EmbeddedEngine:
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         cache = build_cache(self.model.config, width + self.max_tokens)
         logits = self._forward(input_ids, attention, positions, cache)
+        routes = [self._prompt_routes(attention).repeat_interleave(group_size, 0)] if self.record_routes else []
 
         cache.batch_repeat_interleave(group_size)
         logits = logits.repeat_interleave(group_size, 0)
@@ -90,7 +107,7 @@ class EmbeddedEngine:
             completions[active, step], logprobs[active, step], mask[active, step] = tokens, token_logprobs, 1.0
             alive = tokens != self.eos
             if step + 1 == self.max_tokens or not alive.any():
-                return
+                break
             if not alive.all():
                 order = _closing_gaps(alive)
                 cache.batch_select_indices(order)
@@ -98,6 +115,20 @@ class EmbeddedEngine:
             logits = self._forward(
                 tokens.unsqueeze(1), attention[:, : width + step + 1], (positions + step).unsqueeze(1), cache
             )
+            for recorded in routes:
+                recorded[active, positions + step] = self.routing.choices(len(active)).squeeze(1)
+        return routes
+
+    def _prompt_routes(self, attention: Tensor) -> Tensor:
+        """Routes [P, L, layers, k] of the prompts just read, which ``attention`` [P, width] marks, and room for later
+        tokens; a row's first token is at 0."""
+        rows, width = attention.shape
+        recorded = self.routing.choices(rows)
+        routes = padding_routes(rows, width + self.max_tokens - 1, like=recorded)
+        starts = (~attention).sum(1)
+        prompts, columns = attention.nonzero(as_tuple=True)
+        routes[prompts, columns - starts[prompts]] = recorded[prompts, columns]
+        return routes
 
     def _forward(self, input_ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Float32 logits [n, V] of each row's next token."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("levelfield", "torch", "transformers", "hydra-core", "lm-eval", "numpy", "pandas", "reasoning-gym")
-# What launches, shows and draws may change without making runs incomparable; all other code decides numbers.
-_NO_NUMBERS = ("conf", "analysis", "runs", "sweep", "report.py", "run.py", "status.py")
+# What launches, shows, draws and exports may change without making runs incomparable; all other code decides numbers.
+_NO_NUMBERS = ("conf", "analysis", "exporting", "runs", "sweep", "export.py", "report.py", "run.py", "status.py")
 _HARNESS = Path(__file__).parents[1]
 
 

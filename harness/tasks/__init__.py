@@ -1,16 +1,19 @@
 """Prompts and verifiable rewards."""
 
 import random
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from harness.config import TaskConfig
 from harness.errors import ConfigError
 from harness.tasks.problem import Problem
 from harness.tasks.sources import finite_problems, generated_problem, generator
+from harness.tasks.steps import STEP_VERIFIERS
 from harness.tasks.stream import PromptStream
 from harness.tasks.verifiers import VERIFIERS, check_verifier
 from harness.tasks.worked_solutions import WORKED_SOLUTIONS
 
-__all__ = ["VERIFIERS", "WORKED_SOLUTIONS", "Problem", "PromptStream", "check_task"]
+__all__ = ["STEP_VERIFIERS", "VERIFIERS", "WORKED_SOLUTIONS", "Problem", "PromptStream", "check_task"]
 
 # What each source must be told, and what it has no use for.
 _SOURCES = {"reasoning_gym": ("dataset", "path"), "json_lines": ("path", "dataset"), "huggingface": ("dataset", "path")}
@@ -34,11 +37,7 @@ def check_task(task: TaskConfig, key: str) -> None:
     if getattr(task, unused) is not None:
         raise ConfigError(f"{key}.{unused}={getattr(task, unused)}: {key}.source={task.source} has no use for it")
     check_verifier(task, key)
-    if task.worked_solution is not None and task.worked_solution not in WORKED_SOLUTIONS:
-        raise ConfigError(
-            f"{key}.worked_solution={task.worked_solution}: no such writer; there are {', '.join(WORKED_SOLUTIONS)}"
-        )
-    _check_worked_solution(task, _first_problem(task, key), key)
+    _check_fit(task, _first_problem(task, key), key)
 
 
 def _first_problem(task: TaskConfig, key: str) -> Problem:
@@ -53,13 +52,22 @@ def _first_problem(task: TaskConfig, key: str) -> Problem:
     return generated_problem(task, entry, key)
 
 
-def _check_worked_solution(task: TaskConfig, problem: Problem, key: str) -> None:
-    if task.worked_solution is None:
-        return
-    try:
-        WORKED_SOLUTIONS[task.worked_solution](problem.fields, random.Random(0), 0.0)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{key}.worked_solution={task.worked_solution} does not fit these problems "
-            f"({type(error).__name__}: {error}); their fields are {', '.join(problem.fields)}"
-        ) from error
+def _check_fit(task: TaskConfig, problem: Problem, key: str) -> None:
+    """Try on a problem what else the task names for it."""
+    trials: tuple[tuple[str, Mapping[str, Callable[..., Any]], tuple[Any, ...]], ...] = (
+        ("worked_solution", WORKED_SOLUTIONS, (problem.fields, random.Random(0), 0.0)),
+        ("step_verifier", STEP_VERIFIERS, ("", problem)),
+    )
+    for setting, functions, arguments in trials:
+        name = getattr(task, setting)
+        if name is None:
+            continue
+        if name not in functions:
+            raise ConfigError(f"{key}.{setting}={name}: no such {setting}; there are {', '.join(functions)}")
+        try:
+            functions[name](*arguments)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"{key}.{setting}={name} does not fit these problems ({type(error).__name__}: {error}); their fields "
+                f"are {', '.join(problem.fields)}"
+            ) from error

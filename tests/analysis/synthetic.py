@@ -35,6 +35,8 @@ class Cell:
     steps: int = 42  # a step costs LIMIT / 40.5, so that the last ones lie past the limit
     gain: float | None = None  # of reward over the run; None for the algorithm's own
     task: str = "chain_sum"
+    misled: float = 0.0  # how much more the training reward has than the true one in the end
+    step_reward: bool = False
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,7 +57,7 @@ class Cell:
         return {
             "algorithm": algorithm,
             "model": {"name": self.model, "path": None},
-            "task": {"name": "chain_sum", "prompt": "{expression} =", "parameters": {"min_terms": 3}},
+            "task": {"name": self.task, "prompt": "{expression} =", "parameters": {"min_terms": 3}},
             "rollout": {"engine": "embedded", "completions_per_batch": 256, "temperature": 1.0},
             "budget": {"axis": "flops", "limits": {"flops": LIMIT, "updates": 200.0}},
             "evaluation": {"tasks": list(EVAL_TASKS), "fractions": [0.0, 0.5, 1.0], "limit": 256},
@@ -132,6 +134,7 @@ def _metrics(cell: Cell, step: int) -> dict[str, Any]:
     weights = {"rollout": 0.3, "reward": 0.0, "old_logprobs": 0.15, "critic": 0.3 if critic else 0.0}
     shares = {**weights, "update": 1 - sum(weights.values())}
     zero = cell.algorithm == "grpo" and step % 10 == 0
+    reward = 0.5 + _gain(cell) * (1 - np.exp(-3 * done)) + 0.015 * float(random.normal())
     row = {
         "step": step,
         "budget/flops": LIMIT * done,
@@ -141,7 +144,8 @@ def _metrics(cell: Cell, step: int) -> dict[str, Any]:
         "budget/updates": 4 * step,
         **{f"flops/{phase}": LIMIT / 40.5 * share for phase, share in shares.items()},
         **{f"seconds/{phase}": 1.5 * share + 0.01 for phase, share in shares.items()},
-        "reward/mean": 0.5 + _gain(cell) * (1 - np.exp(-3 * done)) + 0.015 * float(random.normal()),
+        "reward/mean": reward,
+        "reward/true_mean": reward - cell.misled * done,
         "loss": 0.01 * float(random.normal()),
         "entropy": 0.6 - 0.3 * done + 0.01 * float(random.normal()),
         "grad_norm": float(random.lognormal(-0.5, 0.4)),
@@ -151,6 +155,8 @@ def _metrics(cell: Cell, step: int) -> dict[str, Any]:
     if cell.model == "tiny_moe":
         row["moe/expert_change_fraction"] = 0.05 * float(random.lognormal(0, 0.2))
         row["moe/used_expert_change_fraction"] = 0.0 if replay != "disabled" else row["moe/expert_change_fraction"]
+    if cell.step_reward:
+        row["reward/step_mean"] = 1 - 0.3 * (1 - reward)
     if cell.status == "diverged" and step == cell.steps:
         row |= {"loss": None, "grad_norm": None}
     return row

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from harness.analysis.figures import all_figures, clip_fraction, expert_change, training_reward
+from harness.analysis.figures import (
+    all_figures,
+    clip_fraction,
+    expert_change,
+    step_reward,
+    training_reward,
+    true_reward,
+)
 from harness.analysis.phases import budget_by_phase
 from harness.analysis.style import Drawing, figure_style, looks, unit
 from harness.analysis.sweep import Sweep, read_sweep
@@ -71,6 +78,57 @@ def test_algorithms_that_the_code_never_heard_of_are_drawn(tmp_path: Path) -> No
     assert reward and legend_labels(reward.figure) == set(names)
     ticks = {label.get_text() for label in phases.figure.axes[0].get_yticklabels()} if phases else set()
     assert ticks == {f"{name} (n = 3)" for name in names}
+
+
+@pytest.fixture(scope="module")
+def misled(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Two tasks: one with reward errors, the other with rewards for steps that one algorithm declines."""
+    cells = [
+        Cell(algorithm, "tiny_dense", seed, task=task, misled=0.4 * (task == "biased"), step_reward=task == "steps")
+        for algorithm in ("grpo", "gspo")
+        for task in ("biased", "steps")
+        for seed in range(3)
+    ]
+    for cell in cells[-3:]:
+        cell.status, cell.reason, cell.steps = "skipped", "one ratio a sequence", 0
+    return read_sweep(write_sweep(tmp_path_factory.mktemp("results") / "sweep", cells))
+
+
+def ends(drawing: Drawing | None) -> dict[str, dict[tuple[float, ...], float]]:
+    """By panel title: where each line ends, by colour."""
+    assert drawing
+    return {
+        axes.get_title(): {line.get_color(): float(line.get_ydata()[-1]) for line in axes.lines}
+        for axes in drawing.figure.axes
+    }
+
+
+def test_each_task_has_a_panel_of_its_own(misled: Sweep) -> None:
+    with figure_style():
+        for drawing in all_figures(misled):
+            tasks = {axes.get_title().replace("/", "\n").rpartition("\n")[2] for axes in drawing.figure.axes}
+            assert tasks <= {"biased", "steps", ""}, drawing.name
+            assert "biased" in tasks or drawing.name == "step_reward"
+            assert "steps" in tasks
+    panels = ends(training_reward(misled))
+    assert {title: len(lines) for title, lines in panels.items()} == {"tiny_dense\nbiased": 2, "tiny_dense\nsteps": 1}
+
+
+def test_the_true_reward_is_drawn_apart_where_it_differs(misled: Sweep, drawings: dict[str, Drawing]) -> None:
+    trained, true = ends(training_reward(misled)), ends(true_reward(misled))
+    for color, end in trained["tiny_dense\nbiased"].items():
+        assert true["tiny_dense\nbiased"][color] == pytest.approx(end - 0.4 * 40 / 40.5, abs=0.01)
+    assert true["tiny_dense\nsteps"] == trained["tiny_dense\nsteps"]
+    drawing = training_reward(misled)
+    assert drawing and "with the reward model's errors" in drawing.caption
+    assert "true_reward" not in drawings and "errors" not in drawings["training_reward"].caption
+
+
+def test_the_reward_of_steps_is_drawn_where_there_are_any(misled: Sweep, drawings: dict[str, Drawing]) -> None:
+    drawing = step_reward(misled)
+    assert list(ends(drawing)) == ["tiny_dense\nsteps"]
+    assert drawing and "gspo on tiny_dense/steps (3 skipped)" in drawing.caption
+    assert "step_reward" not in drawings
 
 
 def test_without_experts_there_is_no_figure_of_them(tmp_path: Path) -> None:

@@ -2,32 +2,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.analysis.statistics import bootstrap_interval, curve, curve_at_points, estimate
+from harness.analysis.statistics import curve, curve_at_points, estimate
 
 
 def steps(run: str, x: list[float], y: list[float], status: str = "done") -> pd.DataFrame:
     return pd.DataFrame({"run": run, "step": range(1, len(x) + 1), "x": x, "y": y, "status": status})
 
 
-def test_the_bootstrap_interval_agrees_with_the_normal_one_of_many_runs() -> None:
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=200)
-    low, high = bootstrap_interval(values)
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-
-
-def test_the_bootstrap_interval_is_the_same_every_time_and_taken_pointwise() -> None:
-    values = np.random.default_rng(2).normal(size=(5, 4))
-    low, high = bootstrap_interval(values)
-    assert np.array_equal(bootstrap_interval(values)[0], low)
-    assert low.shape == high.shape == (4,)
-    assert bootstrap_interval(values[:, 2]) == pytest.approx((low[2], high[2]))
-
-
-def test_of_three_runs_the_interval_is_their_range() -> None:
+def test_of_three_runs_the_interval_is_wider_than_their_range() -> None:
     found = estimate(pd.Series([0.2, 0.5, 0.3]))
-    assert (found.n, found.low, found.high) == (3, pytest.approx(0.2), pytest.approx(0.5))
+    assert found.n == 3 and found.low < 0.2 and 0.5 < found.high
 
 
 def test_two_runs_have_a_mean_but_no_interval() -> None:

@@ -37,4 +37,4 @@ def test_two_tasks_are_two_settings(tmp_path: Path) -> None:
     other = {"task": {"name": "products"}}
     cells = [Cell("gspo", "tiny_dense", 0), Cell("gspo", "tiny_dense", 1, config=other, task="products")]
     found = read_sweep(write_sweep(tmp_path / "sweep", cells))
-    assert found.settings == ["tiny_dense on chain_sum", "tiny_dense on products"]
+    assert found.settings == ["tiny_dense/chain_sum", "tiny_dense/products"]

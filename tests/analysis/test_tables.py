@@ -14,6 +14,7 @@ from harness.analysis.tables import (
     final_scores,
     learning_rate_search,
     phases,
+    rewards,
     score_overview,
 )
 from tests.analysis.synthetic import Cell, write_sweep
@@ -31,7 +32,7 @@ def test_final_scores_stand_beside_the_cold_start(sweep: Sweep) -> None:
     found = row(final_scores(sweep), algorithm="grpo", model="tiny_dense", evaluation="longer")
     scores = sweep.cells.query("algorithm == 'grpo' and model == 'tiny_dense'")["score/longer"]
     assert (found["n"], found["mean"]) == (3, pytest.approx(scores.mean()))
-    assert (found["low"], found["high"]) == (pytest.approx(scores.min()), pytest.approx(scores.max()))
+    assert found["low"] < scores.min() and scores.max() < found["high"]  # three runs say little of their mean
     assert found["cold start"] == round(256 * 0.4) / 256
     assert found["change"] == pytest.approx(found["mean"] - found["cold start"])
 
@@ -82,6 +83,26 @@ def test_every_cell_is_in_the_completion_table_with_its_reason(sweep: Sweep) -> 
         "done": 18, "skipped": 3, "failed": 1, "diverged": 1, "interrupted": 1,
     }  # fmt: skip
     assert frame[frame["status"] == "diverged"]["reason"].tolist() == ["the loss is nan at step 17"]
+
+
+def test_the_true_reward_stands_beside_the_one_trained_on_by_task(tmp_path: Path) -> None:
+    cells = [
+        Cell("gspo", "tiny_dense", seed, task=task, misled=bias, step_reward=task == "steps")
+        for task, bias in (("biased", 0.4), ("steps", 0.0))
+        for seed in range(3)
+    ]
+    table = rewards(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    biased, steps = row(table, model="tiny_dense/biased"), row(table, model="tiny_dense/steps")
+    gap = 0.4 * sum(range(1, 41)) / 40 / 40.5  # it grows from 0, over the 40 steps within the limit
+    assert biased["training reward"] - biased["true reward"] == pytest.approx(gap)
+    assert biased["low"] <= biased["true reward"] <= biased["high"] < biased["training reward"]
+    assert steps["training reward"] == steps["true reward"]
+    assert steps["intermediate steps"] == pytest.approx(1 - 0.3 * (1 - steps["true reward"]))
+    assert np.isnan(biased["intermediate steps"])
+
+
+def test_there_is_no_table_of_rewards_where_they_are_all_the_same(sweep: Sweep) -> None:
+    assert rewards(sweep).frame.empty
 
 
 def test_there_is_no_search_table_without_a_search(sweep: Sweep) -> None:

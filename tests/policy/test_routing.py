@@ -3,7 +3,7 @@
 import torch
 
 from harness.policy.logprobs import completion_logprobs
-from harness.policy.routing import Routing, changes, routers
+from harness.policy.routing import Routing, changes, check_routing, expert_layers, padding_routes, routers
 from tests.policy.conftest import fresh
 
 
@@ -22,8 +22,15 @@ def perturbed(model, scale=0.05):
     return model
 
 
-def test_a_dense_model_has_no_routers():
-    assert routers(fresh("tiny_dense")) == []
+def test_a_dense_model_has_nothing_to_route():
+    dense = fresh("tiny_dense")
+    assert expert_layers(dense) == routers(dense) == []
+    check_routing(dense)
+
+
+def test_the_routers_of_a_mixture_are_those_of_its_layers_in_order(moe):
+    assert routers(moe) == [layer.mlp.gate for layer in moe.model.layers]
+    assert expert_layers(moe) == [layer.mlp for layer in moe.model.layers]
 
 
 def test_replaying_a_models_own_routes_changes_no_bit(moe, batch):
@@ -98,6 +105,13 @@ def test_router_gradient_under_replay_equals_finite_differences(moe, batch):
     numeric = (above - below) / (2 * step)
     assert abs(analytic) > 1e-6
     torch.testing.assert_close(analytic, numeric, rtol=1e-2, atol=1e-7)
+
+
+def test_padding_takes_the_first_experts():
+    recorded = torch.tensor([[[5, 3, 9], [7, 1, 0]]], dtype=torch.int16)  # [tokens, layers, k]
+    routes = padding_routes(2, 4, like=recorded)
+    assert (routes.shape, routes.dtype) == ((2, 4, 2, 3), torch.int16)
+    assert (routes == torch.tensor([0, 1, 2])).all()
 
 
 def test_changes_by_hand():

@@ -66,7 +66,13 @@ def test_gsm8k_reference_solutions_earn_the_full_reward(gsm8k):
         ({"answer_pattern": "-?\\d+"}, r"task\.answer_pattern=.* must be a regular expression with one group"),
         ({"answer_pattern": "(x)"}, r"task\.answer_pattern=.* finds nothing"),
         ({"verifier": "guess"}, r"task\.verifier=guess: no such verifier; there are gsm8k, marked_answer"),
-        ({"worked_solution": "sum"}, r"task\.worked_solution=sum: no such writer; there are chain_sum"),
+        ({"worked_solution": "sum"}, r"task\.worked_solution=sum: no such worked_solution; there are chain_sum"),
+        ({"step_verifier": "sum"}, r"task\.step_verifier=sum: no such step_verifier; there are chain_sum"),
+        (
+            {"dataset": "spell_backward", "parameters": {}, "prompt": "{question}", "worked_solution": None}
+            | {"step_verifier": "chain_sum"},
+            r"task\.step_verifier=chain_sum does not fit these problems \(KeyError: 'expression'\); their fields are",
+        ),
         ({"dataset": "spell_backward", "parameters": {}, "prompt": "{question}"}, r"task\.worked_solution=chain_sum"),
     ],
 )

@@ -151,7 +151,7 @@ def test_the_reasoning_gym_verifier_is_the_data_sets_own():
     assert verify("<answer>zzz</answer>", words) < 1.0
 
 
-@pytest.mark.parametrize("verifier", sorted(VERIFIERS))
+@pytest.mark.parametrize("verifier", ["gsm8k", "marked_answer", "math", "reasoning_gym"])
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_hostile_text_earns_nothing_and_raises_nothing(verifier, number):
     assert VERIFIERS[verifier](HOSTILE[number], replace(reasoning_gym_problem(), answer="36")) == 0.0
