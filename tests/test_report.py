@@ -6,6 +6,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from harness.report import main
@@ -128,3 +129,21 @@ def test_nothing_to_report_ends_with_2_and_the_mend(
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, harness.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def _outcomes(report: Path) -> list[str]:
+    return pd.read_csv(report / "tables" / "verdicts.csv")["first is"].tolist()
+
+
+def test_the_verdict_comes_first_and_three_seeds_rank_nothing(report: Path) -> None:
+    page, markdown = ((report / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    assert page.index("On tiny_dense, nothing is ranked") < page.index("<figure>")
+    assert markdown.index("On tiny_dense, nothing is ranked") < markdown.index("## Training reward")
+    assert set(_outcomes(report)) == {"too few"}
+
+
+def test_eight_seeds_tell_a_planted_difference(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", comparison(seeds=8))
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([str(sweep)]) == 0
+    assert "better" in _outcomes(sweep / "report") or "worse" in _outcomes(sweep / "report")

@@ -14,7 +14,8 @@ from harness.analysis.fairness import Check, algorithm_differences, checks
 from harness.analysis.figures import all_figures
 from harness.analysis.style import figure_style, save, unit
 from harness.analysis.sweep import Sweep, distinct
-from harness.analysis.tables import Table, all_tables, final_scores, markdown_text, score_overview
+from harness.analysis.tables import Table, all_tables, final_scores, headline_verdicts, markdown_text, score_overview
+from harness.analysis.verdicts import headlines
 
 _EXPECTED = ("done", "skipped")  # statuses that need no attention
 _SAMPLES = 2  # at each of the first and last evaluation points
@@ -59,6 +60,7 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
         "title": f"Levelfield: {sweep.name}",
         "report": report,
         "overview": overview,
+        "headlines": headlines(headline_verdicts(sweep)),
         "budget": f"{unit(sweep.axis, sweep.limit).text(sweep.limit)} ({sweep.axis})",
         "cells": len(sweep.cells),
         "notable": _notable(sweep),
@@ -157,6 +159,7 @@ def _markdown(context: dict[str, Any]) -> str:
         f"- {entry['status']}: {markdown_text(entry['cells'])} ({markdown_text(entry['reason'])})"
         for entry in context["notable"]
     ]
+    parts += [f"- {markdown_text(sentence)}" for sentence in context["headlines"]]
     parts += _section(context["overview"])
     for figure in context["figures"]:
         parts += [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)", markdown_text(figure.caption)]

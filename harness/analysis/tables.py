@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.analysis.decisions import MARGIN
 from harness.analysis.figures import (
     CLIP_FRACTION,
     EXPERT_CHANGE,
@@ -19,9 +20,11 @@ from harness.analysis.figures import (
     has_reward_errors,
 )
 from harness.analysis.phases import phase_costs
+from harness.analysis.scores import Metric, scores
 from harness.analysis.statistics import Estimate, estimate, mean_over_steps
 from harness.analysis.style import unit
 from harness.analysis.sweep import Sweep, columns_of
+from harness.analysis.verdicts import Verdict, verdicts
 
 _STEPS = {"steps a run": "{:.0f}"}
 _TOKEN_CHANGE = "moe/token_change_fraction"
@@ -71,7 +74,8 @@ class Table:
 def all_tables(sweep: Sweep) -> list[Table]:
     """Every table that the sweep has data for, in the order of the report."""
     functions: list[Callable[[Sweep], Table]] = [
-        final_scores, rewards, budgets, phases, clip_fractions, expert_changes, learning_rate_search, completion,
+        verdict_table, final_scores, rewards, budgets, phases, clip_fractions, expert_changes, learning_rate_search,
+        completion,
     ]  # fmt: skip
     return [table for function in functions if len((table := function(sweep)).frame)]
 
@@ -91,6 +95,37 @@ def score_overview(sweep: Sweep) -> Table:
         "n is 3 or more. Where intervals overlap, these runs do not tell the algorithms apart."
     )  # fmt: skip
     return Table("overview", "Final scores", note, pd.DataFrame(rows), {"cold start": "{:.3f}"})
+
+
+def headline_verdicts(sweep: Sweep) -> list[Verdict]:
+    """Of every pair in every setting, on the first lm-eval task at the end of the budget."""
+    tasks = list(columns_of(sweep.cells, "score/").values())
+    if not tasks:
+        return []
+    metric = Metric("evaluations", tasks[0])
+    return verdicts(scores(sweep, metric), metric, sweep.variants)
+
+
+def verdict_table(sweep: Sweep) -> Table:
+    """Who is better, pair by pair, and what would settle what is open."""
+    found = headline_verdicts(sweep)
+    rows = [
+        {
+            "model": one.setting, "first": one.first, "second": one.second, "first is": one.outcome,
+            "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n, "p (Holm)": one.p_holm,
+            "further seeds": "over 1,000" if one.further_seeds is None else str(one.further_seeds),
+        }
+        for one in found
+    ]  # fmt: skip
+    note = (
+        f"{found[0].metric if found else 'Score'}: first minus second on equal seeds, with the 95 % t interval of "
+        "the mean difference, which is not corrected for many comparisons; p of the paired t test, after Holm for all "
+        f"pairs of a model. Better or worse: p at most 0.05 and not within ±{MARGIN}. Equivalent: the interval lies "
+        f"within ±{MARGIN}. Too few: so few pairs decide nothing. Further seeds: those that would decide it with a "
+        "probability of 80 %, were difference and spread as measured. Runs that diverged or failed count as the worst."
+    )
+    formats = dict.fromkeys(("difference", "low", "high"), "{:+.3f}")
+    return Table("verdicts", "Verdicts", note, pd.DataFrame(rows), formats)
 
 
 def final_scores(sweep: Sweep) -> Table:

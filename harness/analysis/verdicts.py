@@ -1,0 +1,225 @@
+"""Who is better, by how much, how sure, and what would settle what is open: verdicts on pairs of variants, in words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from harness.analysis.decisions import (
+    LEVEL,
+    MARGIN,
+    MOST_SEEDS,
+    Differences,
+    differences,
+    further_seeds,
+    holm,
+    least_pairs,
+    outcomes,
+)
+from harness.analysis.scores import Metric, counts, paired
+
+Outcome = Literal["better", "worse", "equivalent", "undecided", "too few"]
+_FEWEST = 3  # pairs whose spread says enough to plan with
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say of one pair in one setting; `outcome` is that of `first` against `second`.
+
+    Attributes:
+        metric: its label.
+        difference, low, high: mean of first - second over n pairs and its 95 % interval, which is not corrected; NaN of
+            fewer than two pairs.
+        p, p_holm: of the paired t test, and after Holm for the `comparisons` of the setting; NaN likewise.
+        margin: differences inside of it do not matter.
+        least: pairs below which nothing is decided (:func:`harness.analysis.decisions.least_pairs`).
+        further_seeds: that would decide it with a probability of 80 %, if difference and spread are as measured (at
+            least `least - n`); 0 where it is decided, None where more than 1,000.
+        worst, missing: runs of the two that count as the worst because they diverged or failed, and without a score.
+    """
+
+    setting: str
+    metric: str
+    first: str
+    second: str
+    outcome: Outcome
+    difference: float
+    low: float
+    high: float
+    n: int
+    p: float
+    p_holm: float
+    comparisons: int
+    margin: float
+    least: int
+    further_seeds: int | None
+    worst: int
+    missing: int
+
+    @property
+    def sentence(self) -> str:
+        """In plain English, the variant that scores higher first."""
+        return " ".join([_finding(self if not self.difference < 0 else _turned(self)), *_remarks(self)])
+
+
+def verdicts(
+    rows: pd.DataFrame, metric: Metric, variants: Sequence[str], margin: float = MARGIN, baseline: str | None = None
+) -> list[Verdict]:
+    """Compare the variants of each setting, all with all, or all with a baseline.
+
+    Args:
+        rows: as :func:`harness.analysis.scores.scores` returns them.
+        variants: in the order in which pairs are named.
+        margin: of the metric; a difference whose interval lies inside ±margin counts as none, even if it is certain.
+    """
+    found = []
+    for setting, here in rows.groupby("setting", sort=False):
+        present = [name for name in variants if name in set(here["variant"])]
+        pairs = list(combinations(present, 2))
+        if baseline is not None:
+            pairs = [(name, baseline) for name in present if name != baseline and baseline in present]
+        scores = [paired(here, first, second) for first, second in pairs]
+        tested = [differences(x, y) for x, y in scores]
+        corrected = holm(np.array([one.p for one in tested]))
+        undecided = max(1, len(pairs) - int((corrected <= LEVEL).sum()))
+        least = least_pairs(len(pairs)) if pairs else 0
+        for (first, second), (x, _), one, p_holm in zip(pairs, scores, tested, corrected, strict=True):
+            about, n = counts(here[here["variant"].isin([first, second])]), len(x)
+            outcome: Outcome = outcomes(one, p_holm, margin).item() if n >= least else "too few"
+            verdict = Verdict(
+                setting=str(setting),
+                metric=metric.label,
+                first=first,
+                second=second,
+                outcome=outcome,
+                difference=float(one.mean),
+                low=float(one.low),
+                high=float(one.high),
+                n=n,
+                p=float(one.p),
+                p_holm=float(p_holm),
+                comparisons=len(pairs),
+                margin=margin,
+                least=least,
+                further_seeds=_further(outcome, one, n, undecided, margin, least),
+                worst=about["worst"],
+                missing=about["missing"],
+            )
+            found.append(verdict)
+    return found
+
+
+def leaders(found: Sequence[Verdict]) -> dict[str, list[str]]:
+    """By setting: the variants that none is better than; empty where there are too few runs to rank anything."""
+    result = {}
+    for setting, here in _by_setting(found).items():
+        names = dict.fromkeys(name for verdict in here for name in (verdict.first, verdict.second))
+        beaten = {v.second for v in here if v.outcome == "better"} | {v.first for v in here if v.outcome == "worse"}
+        ranked = all(verdict.outcome != "too few" for verdict in here)
+        result[setting] = [name for name in names if name not in beaten] if ranked else []
+    return result
+
+
+def headlines(found: Sequence[Verdict]) -> list[str]:
+    """One sentence per setting: who leads, as far as the runs tell."""
+    return [_headline(here, leaders(here)[setting]) for setting, here in _by_setting(found).items()]
+
+
+def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per verdict: the fields of :class:`Verdict`, and its sentence."""
+    return pd.DataFrame([{**vars(verdict), "sentence": verdict.sentence} for verdict in found])
+
+
+def _further(outcome: Outcome, seen: Differences, n: int, comparisons: int, margin: float, least: int) -> int | None:
+    if outcome not in ("undecided", "too few"):
+        return 0
+    if n < _FEWEST:
+        return least - n
+    more = further_seeds(float(seen.mean), float(seen.spread), n, comparisons, margin)
+    return None if more is None else max(more, least - n)
+
+
+def _by_setting(found: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    settings = dict.fromkeys(verdict.setting for verdict in found)
+    return {setting: [verdict for verdict in found if verdict.setting == setting] for setting in settings}
+
+
+def _turned(verdict: Verdict) -> Verdict:
+    """The same, said of the second against the first."""
+    turned: dict[Outcome, Outcome] = {"better": "worse", "worse": "better"}
+    return replace(
+        verdict, first=verdict.second, second=verdict.first, difference=-verdict.difference,
+        low=-verdict.high, high=-verdict.low, outcome=turned.get(verdict.outcome, verdict.outcome),
+    )  # fmt: skip
+
+
+def _finding(v: Verdict) -> str:
+    digits = _digits(v.high - v.low)
+    if v.outcome == "too few":
+        family = "" if v.comparisons == 1 else f" for {v.comparisons} comparisons"
+        return (
+            f"On {v.setting}, {v.first} and {v.second} cannot be told apart on {v.metric} from "
+            f"{_count(v.n, 'pair')} of runs: it takes at least {v.least}{family}."
+        )
+    numbers = f"95 % interval {v.low:z.{digits}f} to {v.high:z.{digits}f}, n = {v.n} pairs"
+    tested = f"{numbers}, {'p < 0.001' if v.p_holm < 0.001 else f'p = {v.p_holm:.2g}'} after Holm"
+    higher = f"{v.first} scores {v.difference:z.{digits}f} higher than {v.second}"
+    if v.outcome == "undecided":
+        return f"On {v.setting}, {v.first} against {v.second} is undecided on {v.metric}: {higher} ({tested})."
+    if v.outcome == "equivalent":
+        none = f"{v.first} and {v.second} differ by less than {v.margin:g} on {v.metric}"
+        return f"On {v.setting}, {none}: {higher} ({numbers})."
+    return f"On {v.setting}, {higher} on {v.metric} ({tested})."
+
+
+def _remarks(v: Verdict) -> list[str]:
+    """What would decide it, and which runs the numbers hang on."""
+    said = []
+    if v.outcome in ("undecided", "too few"):
+        if v.further_seeds is None:
+            said.append(f"It would take more than {MOST_SEEDS:,} further seeds.")
+        elif v.n < _FEWEST:
+            said.append(f"It takes {_count(v.further_seeds, 'further seed')} or more.")
+        else:
+            said.append(
+                f"About {_count(v.further_seeds, 'further seed')} would decide it (80 % power), were the difference "
+                f"and its spread to stay as they are."
+            )
+    if v.worst:
+        said.append(f"Counted as the worst score: {_count(v.worst, 'run')} that diverged or failed.")
+    if v.missing:
+        said.append(f"Left out, having no score: {_count(v.missing, 'run')}.")
+    return said
+
+
+def _headline(here: Sequence[Verdict], leading: Sequence[str]) -> str:
+    one = here[0]
+    where = f"On {one.setting}"
+    if not leading:
+        pairs = _count(min(verdict.n for verdict in here), "pair")
+        return f"{where}, nothing is ranked on {one.metric}: {pairs} of runs where it takes {one.least}."
+    if len(leading) == 1:
+        against = [verdict for verdict in here if leading[0] in (verdict.first, verdict.second)]
+        if all(verdict.outcome in ("better", "worse") for verdict in against):
+            return f"{where}, {leading[0]} scores higher than every other on {one.metric}."
+        return f"{where}, none scores higher than {leading[0]} on {one.metric}, which is not ahead of every other."
+    names = f"{', '.join(leading[:-1])} and {leading[-1]}"
+    between = [verdict for verdict in here if verdict.first in leading and verdict.second in leading]
+    if all(verdict.outcome == "equivalent" for verdict in between):
+        return f"{where}, {names} differ by less than {one.margin:g} on {one.metric}, and none scores higher."
+    return f"{where}, which of {names} scores highest on {one.metric} is undecided."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _digits(width: float) -> int:
+    """Decimals that show two digits of an interval's width, and three below 1."""
+    if not width > 0:
+        return 3
+    return max(3 if width < 1 else 0, 1 - math.floor(math.log10(width)))

@@ -1,0 +1,153 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harness.analysis.decisions import further_seeds
+from harness.analysis.scores import Metric, scores
+from harness.analysis.sweep import Sweep
+from harness.analysis.verdicts import Verdict, headlines, leaders, verdict_frame, verdicts
+from tests.analysis.toy import Run, toy_sweep
+
+HELD_OUT = Metric("evaluations", "held_out")
+BASE = [0.70, 0.72, 0.71, 0.69, 0.73, 0.70]
+
+
+def ended(variant: str, values: Sequence[float], **others: str) -> list[Run]:
+    return [Run(variant, seed, [value], [10], **others) for seed, value in enumerate(values)]
+
+
+def judge(*runs: Sequence[Run], margin: float = 0.02, baseline: str | None = None) -> list[Verdict]:
+    sweep = toy_sweep([run for several in runs for run in several])
+    return verdicts(scores(sweep, HELD_OUT), HELD_OUT, sweep.variants, margin, baseline)
+
+
+def above(by: Sequence[float]) -> list[float]:
+    return [base + more for base, more in zip(BASE, by, strict=False)]
+
+
+# Gaps of 0.04, 0.05 and 0.06 have mean 0.05 and spread 0.00894; t of 0.975 with five degrees of freedom is 2.5706.
+CLEAR = above([0.04, 0.05, 0.06, 0.06, 0.05, 0.04])
+NEAR = above([0.001, -0.001, 0.002, -0.002, 0.003, 0.0])
+UNCLEAR = above([0.10, -0.04, 0.08, -0.06, 0.05, -0.01])
+
+
+def test_the_better_one_is_named_with_effect_interval_pairs_and_p() -> None:
+    (found,) = judge(ended("grpo", CLEAR), ended("gspo", BASE))
+    half = 2.5706 * np.sqrt(0.0004 / 5) / np.sqrt(6)
+    assert (found.outcome, found.n, found.comparisons, found.further_seeds) == ("better", 6, 1, 0)
+    assert (found.difference, found.low, found.high) == pytest.approx((0.05, 0.05 - half, 0.05 + half), abs=1e-5)
+    assert found.sentence == (
+        "On tiny, grpo scores 0.050 higher than gspo on held_out (95 % interval 0.041 to 0.059, n = 6 pairs, "
+        "p < 0.001 after Holm)."
+    )
+
+
+def test_whoever_is_ahead_comes_first_in_the_sentence() -> None:
+    (found,) = judge(ended("gspo", BASE), ended("grpo", CLEAR))
+    assert (found.first, found.outcome) == ("gspo", "worse") and found.difference == pytest.approx(-0.05)
+    assert found.sentence.startswith("On tiny, grpo scores 0.050 higher than gspo on held_out (95 % interval 0.041 to")
+
+
+def test_a_difference_inside_the_margin_is_none() -> None:
+    (found,) = judge(ended("grpo", NEAR), ended("gspo", BASE))
+    assert found.outcome == "equivalent" and found.further_seeds == 0
+    assert found.sentence == (
+        "On tiny, grpo and gspo differ by less than 0.02 on held_out: grpo scores 0.0005 higher than gspo (95 % "
+        "interval -0.0015 to 0.0025, n = 6 pairs)."
+    )
+    (strict,) = judge(ended("grpo", NEAR), ended("gspo", BASE), margin=0.001)
+    assert strict.outcome == "undecided"
+
+
+def test_what_is_open_says_what_would_settle_it() -> None:
+    (found,) = judge(ended("grpo", UNCLEAR), ended("gspo", BASE))
+    spread = float(np.std([0.10, -0.04, 0.08, -0.06, 0.05, -0.01], ddof=1))
+    assert found.outcome == "undecided"
+    assert found.further_seeds == further_seeds(0.02, spread, 6, 1, 0.02)
+    assert found.sentence == (
+        f"On tiny, grpo against gspo is undecided on held_out: grpo scores 0.020 higher than gspo (95 % interval "
+        f"-0.049 to 0.089, n = 6 pairs, p = {found.p:.2g} after Holm). About {found.further_seeds} further seeds would "
+        f"decide it (80 % power), were the difference and its spread to stay as they are."
+    )
+    assert replace(found, further_seeds=None).sentence.endswith("It would take more than 1,000 further seeds.")
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_with_too_few_seeds_nothing_is_decided_or_ranked(seeds: int) -> None:
+    found = judge(ended("grpo", CLEAR[:seeds]), ended("gspo", BASE))
+    (one,) = found
+    assert (one.outcome, one.n, one.least, one.further_seeds) == ("too few", seeds, 4, 4 - seeds)
+    pairs = "1 pair" if seeds == 1 else f"{seeds} pairs"
+    assert f"cannot be told apart on held_out from {pairs} of runs: it takes at least 4." in one.sentence
+    assert leaders(found) == {"tiny": []}
+    assert headlines(found) == [f"On tiny, nothing is ranked on held_out: {pairs} of runs where it takes 4."]
+
+
+def test_more_comparisons_take_more_seeds_and_stronger_evidence() -> None:
+    two, four = (
+        judge(ended("a", above([0.02, 0.03, 0.01, 0.04])), *(ended(name, BASE[:4]) for name in others))
+        for others in (["b"], ["b", "c", "d"])
+    )
+    assert two[0].outcome == "better" and two[0].p_holm == two[0].p
+    assert four[0].outcome == "too few" and (four[0].comparisons, four[0].least) == (6, 5)
+    assert four[0].p_holm == pytest.approx(6 * four[0].p)
+    assert "it takes at least 5 for 6 comparisons." in four[0].sentence
+
+
+def test_what_is_decided_already_makes_the_rest_easier() -> None:
+    found = judge(ended("a", CLEAR), ended("b", BASE), ended("c", UNCLEAR))
+    assert [one.outcome for one in found] == ["better", "undecided", "undecided"]
+    last = found[2]
+    spread = float(np.std([0.10, -0.04, 0.08, -0.06, 0.05, -0.01], ddof=1))
+    assert last.further_seeds == further_seeds(last.difference, spread, 6, 2, 0.02)  # two of the three are open
+    assert last.further_seeds != further_seeds(last.difference, spread, 6, 3, 0.02)
+
+
+def test_against_a_baseline_only_its_pairs_are_compared() -> None:
+    found = judge(ended("ppo", BASE), ended("grpo", CLEAR), ended("gspo", NEAR), baseline="ppo")
+    assert [(one.first, one.second, one.comparisons) for one in found] == [("grpo", "ppo", 2), ("gspo", "ppo", 2)]
+    assert judge(ended("ppo", BASE), ended("grpo", CLEAR), baseline="absent") == []
+
+
+def test_runs_that_diverged_lose_and_are_named() -> None:
+    broken = [replace(run, status="diverged") for run in ended("gspo", BASE)[:2]]
+    waiting = Run("gspo", 6, [0.9], [10], status="running")
+    (found,) = judge(ended("grpo", CLEAR), broken, ended("gspo", BASE)[2:], [waiting, Run("grpo", 6, [0.9], [10])])
+    assert (found.n, found.worst, found.missing) == (6, 2, 1)
+    assert "Counted as the worst score: 2 runs that diverged or failed." in found.sentence
+    assert "Left out, having no score: 1 run." in found.sentence
+
+
+def test_the_leaders_are_those_that_none_is_better_than() -> None:
+    found = judge(ended("a", CLEAR), ended("b", [value + 0.001 for value in CLEAR]), ended("c", BASE))
+    assert leaders(found) == {"tiny": ["a", "b"]}
+    assert headlines(found) == ["On tiny, a and b differ by less than 0.02 on held_out, and none scores higher."]
+    alone = judge(ended("a", CLEAR), ended("b", BASE), ended("c", NEAR))
+    assert headlines(alone) == ["On tiny, a scores higher than every other on held_out."]
+    unclear = judge(ended("a", UNCLEAR), ended("b", BASE))
+    assert headlines(unclear) == ["On tiny, which of a and b scores highest on held_out is undecided."]
+    ahead_of_one = judge(ended("a", CLEAR), ended("b", above([0.14, -0.04, 0.10, 0.01, 0.02, -0.05])), ended("c", BASE))
+    assert headlines(ahead_of_one) == ["On tiny, which of a and b scores highest on held_out is undecided."]
+
+
+def test_settings_are_judged_each_by_itself() -> None:
+    found = judge(
+        ended("a", CLEAR), ended("b", BASE), ended("a", BASE, setting="large"), ended("b", CLEAR, setting="large")
+    )
+    assert [(one.setting, one.outcome, one.comparisons) for one in found] == [
+        ("tiny", "better", 1),
+        ("large", "worse", 1),
+    ]
+    assert leaders(found) == {"tiny": ["a"], "large": ["b"]}
+    frame = verdict_frame(found)
+    assert frame["outcome"].tolist() == ["better", "worse"] and frame["sentence"].tolist() == [
+        v.sentence for v in found
+    ]
+
+
+def test_three_seeds_on_disk_rank_nothing(sweep: Sweep) -> None:
+    found = verdicts(scores(sweep, HELD_OUT), HELD_OUT, sweep.variants)
+    assert len(found) == 3 + 6 and {one.outcome for one in found} == {"too few"}
+    assert leaders(found) == {"tiny_dense": [], "tiny_moe": []}

@@ -1,0 +1,60 @@
+"""A sweep of a few points, so that what is computed from it can be worked out by hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from harness.analysis.sweep import Sweep
+
+
+@dataclass
+class Run:
+    """One run: scores and rewards at what it had spent of the axis `flops`; tokens cost `tokens` each."""
+
+    variant: str
+    seed: int
+    scores: Sequence[float] = ()
+    spent: Sequence[float] = (0, 5, 10)
+    rewards: Sequence[float] = ()
+    status: str = "done"
+    setting: str = "tiny"
+    tokens: float = 1.0
+
+    @property
+    def identity(self) -> dict[str, object]:
+        name = f"{self.variant}-{self.setting}-s{self.seed}"
+        return {
+            "run": name,
+            "variant": self.variant,
+            "setting": self.setting,
+            "seed": self.seed,
+            "status": self.status,
+        }
+
+
+def toy_sweep(runs: Sequence[Run]) -> Sweep:
+    """Scores of the lm-eval task `held_out` at the points of `spent`, rewards at 1, 2, 3 and so on."""
+    columns = [*Run("", 0).identity]
+    evaluations, metrics = [], []
+    for run in runs:
+        for spent, score in zip(run.spent, run.scores, strict=False):
+            budget = {"budget/flops": float(spent), "budget/tokens": run.tokens * spent}
+            evaluations.append({**run.identity, "eval_task": "held_out", "score": score, **budget})
+        for step, reward in enumerate(run.rewards, 1):
+            metrics.append({**run.identity, "step": step, "reward/mean": reward, "budget/flops": float(step)})
+    return Sweep(
+        path=Path("toy"),
+        name="toy",
+        axis="flops",
+        limit=10.0,
+        cells=pd.DataFrame([run.identity for run in runs]),
+        runs=pd.DataFrame(metrics, columns=[*columns, "step", "reward/mean", "budget/flops"]),
+        evaluations=pd.DataFrame(
+            evaluations, columns=[*columns, "eval_task", "score", "budget/flops", "budget/tokens"]
+        ),
+        samples=pd.DataFrame(),
+        variants=list(dict.fromkeys(run.variant for run in runs)),
+        settings=list(dict.fromkeys(run.setting for run in runs)),
+    )
