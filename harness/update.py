@@ -231,6 +231,7 @@ class PolicyUpdater(Updater):
                 completion_logprobs(self.policy, micro, self.config.rollout.temperature)
             old = routes[micro_rows, : micro.input_ids.shape[1]]
             _expert_changes(routing.native, micro, old, metrics, ("expert", "token"))
+            _expert_changes(routing.native, micro, old, metrics, ("update_expert", "update_token"))
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same
                 _expert_changes(routing.native, micro, old, metrics, ("used_expert",))
 

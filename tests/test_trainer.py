@@ -207,6 +207,14 @@ def test_a_replayed_update_uses_the_old_policys_experts_and_measures_its_own(rou
     assert min(moved(replayed, "moe/token_change_fraction")) > 0.01
 
 
+def test_what_a_whole_update_changes_is_told_beside_the_mean_over_its_steps(routed):
+    for steps in routed.values():
+        whole = moved(steps, "moe/update_expert_change_fraction")
+        assert min(whole) > 0.01
+        assert set(whole).isdisjoint(moved(steps, "moe/expert_change_fraction"))
+        assert min(moved(steps, "moe/update_token_change_fraction")) >= max(whole)
+
+
 def test_without_replay_the_experts_that_are_used_change(routed):
     used = moved(routed["grpo"], "moe/used_expert_change_fraction")
     assert min(used) > 0.01

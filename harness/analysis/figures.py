@@ -23,7 +23,7 @@ from harness.analysis.sweep import Sweep
 REWARD, TRUE_REWARD, STEP_REWARD = "reward/mean", "reward/true_mean", "reward/step_mean"
 CLIP_FRACTION = "clip_fraction/token"
 EXPERT_CHANGE, USED_EXPERT_CHANGE = "moe/expert_change_fraction", "moe/used_expert_change_fraction"
-TOKEN_CHANGE = "moe/token_change_fraction"
+UPDATE_EXPERT_CHANGE, UPDATE_TOKEN_CHANGE = "moe/update_expert_change_fraction", "moe/update_token_change_fraction"
 _DYNAMICS = {"entropy": "Entropy (nats)", "grad_norm": "Gradient norm", "ratio/max": "Largest importance ratio"}
 
 
@@ -155,11 +155,11 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
 
 def expert_change(sweep: Sweep) -> Drawing | None:
     """How far an update moves the experts' choices, and beside it the reward, on mixture-of-experts models."""
-    native = _curves(sweep, EXPERT_CHANGE)
+    native = _curves(sweep, UPDATE_EXPERT_CHANGE)
     if not native:
         return None
     settings, budget, look = _settings(native), _budget(sweep), looks(sweep)
-    tokens, used = _curves(sweep, TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
+    tokens, used = _curves(sweep, UPDATE_TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
     reward = _curves(sweep, REWARD)
     figure, axes = panels(3, [2.6] * len(settings), sharey="none", width=3.0)
     fixed = []
@@ -187,10 +187,11 @@ def expert_change(sweep: Sweep) -> Drawing | None:
     for column in range(3):
         axes[-1, column].set_xlabel(budget.label)
     legend(figure, look, _variants(sweep, native))
-    replay = f" What the update used instead is drawn too, for {'; '.join(fixed)}." if fixed else ""
+    replay = f" What the optimizer steps used instead is drawn too, for {'; '.join(fixed)}." if fixed else ""
     caption = (
-        f"Left: fraction of completion tokens for which the updated policy chooses, in any layer, an expert that the "
-        f"rollout's policy did not choose. Middle: the fraction of all choices that are such.{replay} Right: training "
+        "Left: fraction of completion tokens for which the policy, after the last optimizer step on a rollout batch, "
+        "chooses in any layer an expert that the rollout's policy did not choose. Middle: the fraction of all choices "
+        f"that are such.{replay} Right: training "
         f"reward of the same runs. All {_until(sweep, budget)}. "
         f"{runs_note(sweep, native)}"
     )

@@ -16,6 +16,8 @@ from harness.analysis.figures import (
     REWARD,
     STEP_REWARD,
     TRUE_REWARD,
+    UPDATE_EXPERT_CHANGE,
+    UPDATE_TOKEN_CHANGE,
     USED_EXPERT_CHANGE,
     has_reward_errors,
 )
@@ -27,7 +29,6 @@ from harness.analysis.sweep import Sweep, columns_of
 from harness.analysis.verdicts import Verdict, verdicts
 
 _STEPS = {"steps a run": "{:.0f}"}
-_TOKEN_CHANGE = "moe/token_change_fraction"
 _INTERVAL = "low and high: 95 % bootstrap interval of the mean over seeds, where n is 3 or more"
 
 
@@ -222,12 +223,13 @@ def clip_fractions(sweep: Sweep) -> Table:
 
 def expert_changes(sweep: Sweep) -> Table:
     """Expert choices that an update changes, on mixture-of-experts models."""
-    names = {EXPERT_CHANGE: "choices changed", _TOKEN_CHANGE: "tokens with a change"}
-    names |= {USED_EXPERT_CHANGE: "used in update"}
+    names = {UPDATE_EXPERT_CHANGE: "choices changed", UPDATE_TOKEN_CHANGE: "tokens with a change"}
+    names |= {EXPERT_CHANGE: "choices, mean of its steps", USED_EXPERT_CHANGE: "used in its steps"}
     note = (
-        "Fractions against the rollout's policy, mean over steps, then over finished runs; the last column counts the "
-        f"choices that the update used, which replay holds fixed; {_INTERVAL}."
-    )  # fmt: skip
+        "Fractions of what the rollout's policy did not choose, after the last optimizer step on each rollout batch; "
+        "then as mean over its optimizer steps, of all choices and of those that the update used, which replay holds "
+        f"fixed. Means over rollout batches, then over finished runs; {_INTERVAL}."
+    )
     return Table("expert_change", "Expert change per update", note, _means_of_metrics(sweep, names), _STEPS)
 
 

@@ -154,6 +154,7 @@ def _metrics(cell: Cell, step: int) -> dict[str, Any]:
     }
     if cell.model == "tiny_moe":
         row["moe/expert_change_fraction"] = 0.05 * float(random.lognormal(0, 0.2))
+        row["moe/update_expert_change_fraction"] = 1.8 * row["moe/expert_change_fraction"]
         row["moe/used_expert_change_fraction"] = 0.0 if replay != "disabled" else row["moe/expert_change_fraction"]
     if cell.step_reward:
         row["reward/step_mean"] = 1 - 0.3 * (1 - reward)
