@@ -35,6 +35,12 @@ class Metric:
         return f"area under the curve of {words}" if self.summary == "area" else words
 
 
+def headline_metric(sweep: Sweep) -> Metric | None:
+    """What verdicts are about: the first lm-eval task; None before anything was evaluated."""
+    tasks = list(columns_of(sweep.cells, "score/").values())
+    return Metric("evaluations", tasks[0]) if tasks else None
+
+
 def histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
     """The metric of every run against what it had spent on an axis, smoothed where the metric says so.
 

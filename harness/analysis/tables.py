@@ -22,7 +22,7 @@ from harness.analysis.figures import (
     has_reward_errors,
 )
 from harness.analysis.phases import phase_costs
-from harness.analysis.scores import Metric, scores
+from harness.analysis.scores import headline_metric, scores
 from harness.analysis.statistics import Estimate, estimate, mean_over_steps
 from harness.analysis.style import unit
 from harness.analysis.sweep import Sweep, columns_of
@@ -99,11 +99,10 @@ def score_overview(sweep: Sweep) -> Table:
 
 
 def headline_verdicts(sweep: Sweep) -> list[Verdict]:
-    """Of every pair in every setting, on the first lm-eval task at the end of the budget."""
-    tasks = list(columns_of(sweep.cells, "score/").values())
-    if not tasks:
+    """Of every pair in every setting, on the headline metric at the end of the budget."""
+    metric = headline_metric(sweep)
+    if metric is None:
         return []
-    metric = Metric("evaluations", tasks[0])
     return verdicts(scores(sweep, metric), metric, sweep.variants)
 
 
