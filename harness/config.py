@@ -6,15 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from harness.errors import ConfigError
+
+# Hydra and OmegaConf are imported where they are used: what needs the types alone works without them.
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 BUDGET_AXES = ("flops", "device_seconds", "tokens", "queries", "updates")
 
@@ -182,6 +180,15 @@ class LoggerConfig:
 
 
 @dataclass
+class TuningConfig:
+    """Equal trials for every algorithm, the best of which the comparison takes; `trial` is null in the comparison."""
+
+    trials: int
+    overrides: list[str]
+    trial: int | None
+
+
+@dataclass
 class RunConfig:
     """Everything that one run is made of."""
 
@@ -192,6 +199,7 @@ class RunConfig:
     budget: BudgetConfig
     evaluation: EvaluationConfig
     logger: LoggerConfig
+    tuning: TuningConfig | None
     seed: int
     sweep: str
     results: str
@@ -221,8 +229,8 @@ class RunConfig:
         return Path(self.results) / self.sweep / self.run_name
 
 
-# Keys that change where or how often something is written, never a number.
-_NOT_NUMBERS = ("sweep", "results", "logger", "checkpoint_every")
+# Keys that change where or how often something is written, or say where a setting is from; never a number.
+_NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
 # Keys in which the cells of one sweep may differ; all others must be equal for a fair comparison.
 CELL_KEYS = ("algorithm", "model", "task", "seed", "plugins")
 
@@ -260,6 +268,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     Raises:
         ConfigError: for a key, value or combination that cannot run.
     """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
     try:
@@ -269,20 +281,24 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
         raise ConfigError(str(error)) from error
 
 
-def validate(config: DictConfig) -> RunConfig:
-    """Turn a composed configuration into the typed one.
+def validate(config: "DictConfig") -> RunConfig:
+    """Turn a composed configuration into the typed one, with the settings that tuning has found.
 
     Raises:
         ConfigError: naming the key, what was wrong and what to change.
         Declined: where the algorithm cannot apply to this model or task.
     """
-    from harness.validation import check  # it imports this module for the types
+    from harness.sweep.tuning import tuned  # they import this module for the types
+    from harness.validation import check
 
-    return check(typed(config))
+    return check(tuned(typed(config)))
 
 
-def typed(config: DictConfig) -> RunConfig:
+def typed(config: "DictConfig") -> RunConfig:
     """The first half of :func:`validate`: names, types and missing values, before the rules of :func:`check`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     values = OmegaConf.create({key: config._get_node(key) for key in config if key not in ("hydra", "experiment")})
     _check_keys(values, RunConfig, "")
     missing = sorted(OmegaConf.missing_keys(values))
@@ -298,18 +314,26 @@ def typed(config: DictConfig) -> RunConfig:
 
 def save(run: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(run))), encoding="utf-8")
 
 
 def load(path: Path) -> RunConfig:
     """Read back what :func:`save` wrote, validated again."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from harness.validation import check
+
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
-    return validate(config)
+    return check(typed(config))
 
 
-def _check_keys(values: DictConfig, schema: Any, prefix: str) -> None:
+def _check_keys(values: "DictConfig", schema: Any, prefix: str) -> None:
     """Refuse keys that the dataclass does not know, and report those that are absent."""
+    from omegaconf import DictConfig
+
     types = get_type_hints(schema)
     for key in map(str, values):
         if key not in types:

@@ -19,13 +19,14 @@ from harness.runs.reading import (
     read_sweep,
     run_directories,
 )
+from harness.runs.trials import TRIALS
 
 
 def compact(path: PathLike, target: PathLike) -> Path:
     """Write the compact form of the sweep at `path`; the loaders of :mod:`harness.runs` read it as they read the sweep.
 
     Args:
-        path: a sweep folder.
+        path: a sweep folder; the trials below it, if it was tuned, go along.
         target: a new folder, or an earlier compact form of the same sweep, which is brought up to date.
 
     Returns:
@@ -55,6 +56,8 @@ def compact(path: PathLike, target: PathLike) -> Path:
     kept = samples.astype(object).where(samples.notna(), None).to_dict("records")
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
     _replace_text(target / SAMPLES, text)
+    if (source / TRIALS).is_dir():
+        compact(source / TRIALS, target / TRIALS)
     return target
 
 

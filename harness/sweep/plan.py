@@ -20,6 +20,7 @@ from harness.config import CELL_KEYS, RunConfig, equal_part, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.provenance import code_fingerprint
+from harness.sweep.tuning import tuned
 from harness.validation import check
 
 
@@ -116,6 +117,7 @@ def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
     try:
         run = typed(loader.load_sweep_config(config, job))
         try:
+            run = tuned(run)
             return Cell(check(run), None)
         except Declined as error:
             return Cell(run, str(error))

@@ -18,6 +18,7 @@ from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import make_console, read_cell, summary, table
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.progress import Progress
+from harness.sweep.tuning import run_trials
 
 _PATIENCE = 15.0  # seconds that interrupted cells get to say so
 
@@ -28,11 +29,12 @@ _directories: list[RunDirectory] = []
 
 
 def start(config: DictConfig) -> None:
-    """Plan, freeze and show a multirun, and watch it until :func:`finish`.
+    """Plan, freeze and show a multirun, and watch it until :func:`finish`; where it is to be tuned, the trials first.
 
     Raises:
         SystemExit: with status 2 where the plan cannot run; nothing has been written then.
     """
+    run_trials(config)
     try:
         cells = expand(config, GlobalHydra.instance().config_loader())
         configs = [cell.config for cell in cells]

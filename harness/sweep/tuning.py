@@ -1,0 +1,120 @@
+"""Equal tuning: as many trials for every algorithm, drawn from the search space it declares, then the best of them.
+
+A trial is an ordinary run in `SWEEP/trials` with `tuning.trial` set; the runs of `SWEEP` itself take, for their
+algorithm, model and task, the settings of the trial whose training reward has the largest area under its curve.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from sklearn.model_selection import ParameterGrid, ParameterSampler
+
+from harness.config import AlgorithmConfig, RunConfig
+from harness.errors import ConfigError, Declined
+from harness.runs.reading import NoRuns
+from harness.runs.trials import TRIALS, best_trials, trial_scores
+
+_ORDER = 0  # seed of the draw from a search space
+_PATIENCE = 60.0  # seconds that interrupted trials get to say so
+
+
+def tuned(run: RunConfig) -> RunConfig:
+    """The run with the settings of its trial, or of the best trial; unchanged where the configuration tunes nothing.
+
+    Raises:
+        ConfigError: for a search space that cannot give the trials, or trials that are not all there.
+        Declined: where no trial came to its end.
+    """
+    if run.tuning is None:
+        return run
+    if run.tuning.trial is not None:
+        if not 0 <= run.tuning.trial < run.tuning.trials:
+            raise ConfigError(
+                f"tuning.trial={run.tuning.trial}: must be from 0 to tuning.trials={run.tuning.trials} less 1"
+            )
+        return _with_settings(run, draw(run.algorithm, run.tuning.trials)[run.tuning.trial])
+    return _with_settings(run, _best(run))
+
+
+def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
+    """The settings of each trial, by dotted key, none twice.
+
+    Raises:
+        ConfigError: where the search space holds too few.
+    """
+    space = {f"algorithm.{key}": values for key, values in algorithm.search_space.items()}
+    size = len(ParameterGrid(space))
+    if size < trials:
+        raise ConfigError(
+            f"algorithm.search_space of {algorithm.name} has {size} combinations where tuning.trials={trials}: declare "
+            "more values, or ask for fewer trials of every algorithm"
+        )
+    return list(ParameterSampler(space, trials, random_state=_ORDER))
+
+
+def run_trials(config: DictConfig) -> None:
+    """Before a sweep that is to be tuned: run its trials, with the command line that asked for it.
+
+    Does nothing where nothing is tuned, or where the command is for trials itself.
+
+    Raises:
+        SystemExit: with the status of the trials' command where not all of them came to an end.
+    """
+    own = list(config.hydra.overrides.task)
+    if config.tuning is None or any(override.startswith("tuning.trial=") for override in own):
+        return
+    trials = ",".join(map(str, range(config.tuning.trials)))
+    overrides = [f"sweep={config.sweep}/{TRIALS}", f"tuning.trial={trials}", *config.tuning.overrides]
+    process = subprocess.Popen([sys.executable, "-m", "harness.run", *sys.argv[1:], *overrides])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE / 10)  # Ctrl-C has reached it too
+        process.terminate()
+        process.wait(_PATIENCE)
+        raise
+    if code:
+        raise SystemExit(code)
+
+
+def _best(run: RunConfig) -> dict[str, Any]:
+    assert run.tuning is not None
+    folder = Path(run.results) / run.sweep / TRIALS
+    mend = "run them first, with -m on the command line"
+    who = f"{run.algorithm.name} on {run.model.name} and {run.task.name}"
+    try:
+        scores = trial_scores(folder)
+    except NoRuns as error:
+        raise ConfigError(f"tuning: there are no trials in {folder}: {mend}") from error
+    mine = scores.query("algorithm == @run.algorithm.name and model == @run.model.name and task == @run.task.name")
+    if len(mine) and (mine["status"] == "skipped").all():
+        return {}  # declined there for what it will be declined for here
+    if run.seed in set(mine["seed"]):
+        raise ConfigError(f"seed={run.seed}: trials in {folder} have used it; compare on seeds that they have not seen")
+    best = best_trials(mine)
+    if best.empty or mine["trial"].nunique() < run.tuning.trials:
+        raise ConfigError(f"tuning: the trials of {who} in {folder} are not all there: {mend}")
+    if np.isneginf(best["score"].item()):
+        raise Declined(f"tuning: every trial of {who} in {folder} diverged, so that there is nothing to choose from")
+    settings: Sequence[dict[str, Any]] = mine.loc[mine["trial"] == best["trial"].item(), "settings"].tolist()
+    return settings[0]
+
+
+def _with_settings(run: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    config = OmegaConf.structured(run)
+    try:
+        for key, value in settings.items():
+            OmegaConf.update(config, key, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"algorithm.search_space: {str(error).splitlines()[0]}") from error
+    found = OmegaConf.to_object(config)
+    assert isinstance(found, RunConfig)
+    return found
