@@ -17,6 +17,7 @@ from harness.config import RunConfig, config_hash, load, save
 from harness.errors import ConfigError, Diverged
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.runs.provenance import code_fingerprint, provenance
+from harness.torch_setup import set_up_torch
 
 EXIT_CODES = {"done": 0, "diverged": 0, "skipped": 0, "failed": 1, "interrupted": 130}
 
@@ -108,25 +109,11 @@ def _train(directory: RunDirectory) -> None:
             f"the code has changed since this run was planned ({recorded.get('code')}, now {code_fingerprint()}): "
             "go back to that code, or choose another sweep=NAME"
         )
-    _set_up_torch(config)
+    set_up_torch(config.threads)
     directory.update_status(provenance={**recorded, **provenance(config.device)})
     from harness.trainer import train
 
     train(config, directory)
-
-
-def _set_up_torch(config: RunConfig) -> None:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # it would write over the live table and fill log.txt
-    torch.set_num_threads(config.threads)
-    if torch.get_num_interop_threads() != 1:  # may be set only once in a process
-        torch.set_num_interop_threads(1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are not repeatable
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # A debugging aid that comes with the line above and costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _reason(error: BaseException) -> str:

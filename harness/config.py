@@ -174,9 +174,12 @@ class EvaluationConfig:
 
 @dataclass
 class LoggerConfig:
-    """What is written beside metrics.jsonl."""
+    """Where else the rows of metrics.jsonl are shown."""
 
-    tensorboard: bool
+    loggers: list[str]
+    project: str
+    entity: str | None
+    mode: str
 
 
 @dataclass

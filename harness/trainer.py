@@ -21,7 +21,7 @@ from harness.reward import Grader, Rewards
 from harness.rollout.batch import Batch
 from harness.rollout.embedded import EmbeddedEngine
 from harness.runs.directory import RunDirectory
-from harness.runs.loggers import open_loggers
+from harness.runs.loggers import Log, open_loggers
 from harness.tasks import Problem, PromptStream
 from harness.tasks.problem import derived_seed
 from harness.update import CriticUpdater, PolicyUpdater
@@ -39,11 +39,12 @@ def train(config: RunConfig, directory: RunDirectory) -> None:
     """
     trainer = Trainer(config, directory)
     trainer.resume()
-    trainer.warm_up()
-    trainer.evaluate_reached(trainer.inside)
-    while trainer.meter.fraction < 1:
-        trainer.step()
-    trainer.finish()
+    with open_loggers(config, directory, trainer.steps) as trainer.log:
+        trainer.warm_up()
+        trainer.evaluate_reached(trainer.inside)
+        while trainer.meter.fraction < 1:
+            trainer.step()
+        trainer.finish()
 
 
 class Trainer:
@@ -51,7 +52,6 @@ class Trainer:
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
         self.config, self.directory, self.algorithm = config, directory, config.algorithm
-        self.loggers = open_loggers(config.logger, directory)
         self.policy, self.tokenizer = load_policy(config.model, config.device)
         self.device = self.policy.device
         self._check_model()
@@ -77,6 +77,7 @@ class Trainer:
         self.evaluated = 0  # how many of the fractions are behind us
         self.steps = 0
         self.samples: list[dict[str, Any]] = []
+        self.log: Log = lambda values, step: None  # train() puts the configured loggers here
         self.inside = self.snapshot()  # the latest state that lies inside the budget
 
     def _check_model(self) -> None:
@@ -105,8 +106,7 @@ class Trainer:
         self.steps += 1
         row |= self._batch_metrics(sampled, rewards) | self._costs(phases_before)
         self.directory.append_metrics(row)
-        for logger in self.loggers:
-            logger.log(row)
+        self.log({name: value for name, value in row.items() if name != "step"}, self.steps)
         self.directory.update_status(budget=self.meter.summary())
         if failure:
             raise failure
@@ -247,6 +247,7 @@ class Trainer:
             scores = evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
             self.policy.load_state_dict(now["weights"])
             self.directory.append_evaluations([where | score | costs for score in scores])
+            self.log({f"eval/{score['task']}": score["score"] for score in scores}, state["step"])
             self.directory.append_samples([where | sample for sample in state["samples"]])
             self.evaluated += 1
             if fraction == self.fractions[-1]:

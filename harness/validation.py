@@ -4,12 +4,22 @@ import math
 import re
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness.algorithms.registry import PARTS, check_settings
-from harness.config import BUDGET_AXES, AlgorithmConfig, BudgetConfig, ModelConfig, RunConfig, TaskConfig
+from harness.config import (
+    BUDGET_AXES,
+    AlgorithmConfig,
+    BudgetConfig,
+    LoggerConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+)
 from harness.errors import ConfigError, Declined
 from harness.evaluation import check_evaluation
+from harness.runs.loggers import LOGGERS
 from harness.tasks import check_task
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -23,6 +33,7 @@ def check(run: RunConfig) -> RunConfig:
     if run.budget.axis == "auto":
         run.budget.axis = "flops" if run.device == "cpu" else "device_seconds"
     _check_budget(run.budget)
+    _check_loggers(run.logger)
     _check_ranges(run)
     _check_parts(run.algorithm)
     _check_batch(run)
@@ -77,6 +88,22 @@ def _check_budget(budget: BudgetConfig) -> None:
             f"budget.limits.{axis}={limit}: a budget must be a finite number above 0",
         )
     _require(budget.axis in budget.limits, f"budget.limits.{budget.axis} is absent: give the limit of the chosen axis")
+
+
+def _check_loggers(logger: LoggerConfig) -> None:
+    for name in logger.loggers:
+        _require(name in LOGGERS, f"logger.loggers has {name}: choose from {', '.join(LOGGERS)}")
+        spec = find_spec(name)
+        # A folder of that name in the working directory, as wandb makes one, is found too, but has no origin.
+        _require(
+            spec is not None and spec.origin is not None,
+            f"logger.loggers has {name}, which is not installed: pip install {name}, or leave it out",
+        )
+    _require(logger.mode in ("offline", "online"), f"logger.mode={logger.mode}: choose offline or online")
+    _require(
+        bool(re.fullmatch(r"[A-Za-z0-9_.-]+", logger.project)),
+        f"logger.project={logger.project}: use letters, digits, '_', '.' and '-'",
+    )
 
 
 def _check_ranges(run: RunConfig) -> None:

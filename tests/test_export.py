@@ -119,8 +119,9 @@ EXPORTED = {
     trl: """cispo dr_grpo gmpo grpo grpo_icepop grpo_kl grpo_tis grpo_two_sided gspo gspo_token lite_ppo luspo minirl
     rloo sapo vespo""",
     verl: """cispo clip_cov dapo dppo_kl dppo_tv dr_grpo dro dual_clip_ppo gmpo grpo grpo_icepop grpo_kl
-    grpo_kl_in_reward grpo_rollout_routing_replay grpo_routing_replay grpo_tis grpo_two_sided gspo gspo_token intellect3
-    kl_cov luspo minirl opo ppo reinforce reinforce_plus_plus reinforce_plus_plus_baseline rloo sapo""",
+    grpo_kl_in_reward grpo_rollout_routing_replay grpo_routing_replay grpo_tis grpo_two_sided gspo gspo_rollout_logprobs
+    gspo_token intellect3 kl_cov luspo minirl opo ppo reinforce reinforce_plus_plus reinforce_plus_plus_baseline rloo
+    sapo""",
 }
 
 

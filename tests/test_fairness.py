@@ -203,7 +203,7 @@ def test_cells_with_another_model_or_task_of_one_name_are_named_in_the_report(tm
 
 
 def test_every_check_of_the_report_holds_on_real_runs(sweep):
-    assert [check for check in checks(sweep) if not check.equal] == []
+    assert [check.what for check in checks(sweep) if not check.equal] == ["tuning trials"]  # it was not tuned
 
 
 # --- the budget ------------------------------------------------------------------------------------------------------
@@ -375,13 +375,22 @@ def test_every_algorithm_declares_as_many_tuning_trials():
     assert len(trials) == 1 and trials.pop() > 1
 
 
-@pytest.mark.parametrize(("rates", "equal"), [((1e-4, 2e-4), True), ((1e-4,), False)])
-def test_the_report_says_whether_tuning_trials_were_equal(tmp_path, rates, equal):
-    cells = [synthetic.Cell("gspo", "tiny_dense", 0, learning_rate=rate) for rate in (1e-4, 2e-4)]
-    cells += [synthetic.Cell("ppo", "tiny_dense", 0, learning_rate=rate) for rate in rates]
-    sweep = read_sweep(synthetic.write_sweep(tmp_path / "s", cells))
-    (check,) = [check for check in checks(sweep) if check.what == "learning rates tried in this sweep"]
-    assert (check.equal, check.detail) == (equal, f"gspo 2, ppo {len(rates)}")
+@pytest.mark.parametrize(
+    ("trials", "equal", "detail"),
+    [
+        ({"gspo": 2, "ppo": 2}, True, "2 trials of each algorithm on each model, seeds 1000"),
+        ({"gspo": 2, "ppo": 1}, False, "trials of gspo on tiny_dense 2, ppo on tiny_dense 1"),
+        ({"gspo": 2}, False, "trials of gspo on tiny_dense 2; none of ppo on tiny_dense"),
+        ({}, False, "not tuned in this sweep"),
+    ],
+)
+def test_the_report_says_whether_tuning_trials_were_equal(tmp_path, trials, equal, detail):
+    folder = synthetic.write_sweep(tmp_path / "s", [synthetic.Cell(name, "tiny_dense", 0) for name in ("gspo", "ppo")])
+    cells = [synthetic.trial(name, i, 10 ** (i - 4)) for name, count in trials.items() for i in range(count)]
+    if cells:
+        synthetic.write_sweep(folder / "trials", cells)
+    (check,) = [check for check in checks(read_sweep(folder)) if check.what == "tuning trials"]
+    assert check.equal == equal and check.detail.startswith(detail)
 
 
 # --- what did not finish ---------------------------------------------------------------------------------------------

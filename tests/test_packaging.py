@@ -63,7 +63,8 @@ def test_installed_wheel_composes_from_its_own_entries(wheel, tmp_path):
 
 def test_every_imported_package_is_a_declared_dependency():
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    optional = {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"]["tensorboard"]}
+    extras = [line for extra, lines in PROJECT["optional-dependencies"].items() if extra != "dev" for line in lines]
+    optional = {canonicalize_name(Requirement(line).name) for line in extras}
     distributions = packages_distributions()
     for path in (ROOT / "harness").rglob("*.py"):
         for package in imported_packages(path) - set(sys.stdlib_module_names) - {"harness"}:
@@ -102,21 +103,24 @@ def unexplained_keys(node: yaml.MappingNode, lines: list[str], prefix: str = "")
     """Keys with no comment on their line, right above it (the file's header aside), or on an ancestor."""
     header = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     for key, value in node.value:
-        nested = isinstance(value, yaml.MappingNode) and not value.flow_style
-        end = key.end_mark if nested else value.end_mark
+        block = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        end = key.end_mark if block else value.end_mark
         above = key.start_mark.line - 1
         commented_above = above >= header and lines[above].lstrip().startswith("#")
         if key.value == "defaults" or "#" in lines[end.line][end.column :] or commented_above:
             continue
-        if nested and value.value:
-            yield from unexplained_keys(value, lines, f"{prefix}{key.value}.")
-        else:
+        parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        groups = [part for part in parts if block and isinstance(part, yaml.MappingNode) and part.value]
+        for group in groups:
+            yield from unexplained_keys(group, lines, f"{prefix}{key.value}.")
+        if not groups:
             yield f"{prefix}{key.value}"
 
 
 def test_an_unexplained_key_is_found():
     text = "# Header.\nfirst: 1\nsecond: '# text' # why\nthird:\n  # why\n  inner: 1\n  outer: [1]\n"
-    assert list(unexplained_keys(yaml.compose(text), text.splitlines())) == ["first", "third.outer"]
+    text += "fourth: # why\n  - inner: 1\nfifth:\n  - inner: 1 # why\n    outer: 1\n"
+    assert list(unexplained_keys(yaml.compose(text), text.splitlines())) == ["first", "third.outer", "fifth.outer"]
 
 
 def test_no_file_mentions_a_path_of_one_machine():

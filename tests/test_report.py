@@ -1,6 +1,9 @@
+import base64
 import contextlib
+import hashlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from harness.config import conf_dir
 from harness.report import main
 from tests.analysis.synthetic import Cell, comparison, write_sweep
 
@@ -32,18 +36,20 @@ def report(sweep: Path, said: str) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags, addresses and text of a page, as a browser sees them."""
+    """Tags, addresses, headings and text of a page, as a browser sees them."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.links: list[str] = []
         self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        self.links += [value or "" for name, value in attrs if name == "href"]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -76,15 +82,52 @@ def test_another_process_makes_the_same_bytes_from_the_compact_form(sweep: Path,
 
 
 def test_text_of_the_model_is_shown_and_never_run(page: Page) -> None:
-    assert "script" not in page.tags and "b" not in page.tags
+    assert page.tags.count("script") == 1 and "b" not in page.tags
     assert "<script>alert('x')</script>" in page.text
     assert "RuntimeError: <b>out of memory</b>" in page.text
 
 
-def test_the_page_stands_alone(page: Page) -> None:
-    outside = [address for address in page.addresses if not address.startswith(("data:", "#"))]
-    assert outside == [] and "link" not in page.tags
-    assert sum(address.startswith("data:image/svg+xml;base64,") for address in page.addresses) == 6
+def test_the_page_stands_alone(page: Page, report: Path) -> None:
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert len(page.sources) == len(list((report / "figures").glob("*.svg"))) and "link" not in page.tags
+    beside = [link for link in page.links if not link.startswith("#")]
+    assert [link for link in beside if not (report / link).is_file()] == []
+
+
+def test_only_the_script_and_the_style_of_the_page_are_allowed(report: Path) -> None:
+    html = (report / "report.html").read_text(encoding="utf-8")
+    policy = html.partition('Content-Security-Policy" content="')[2].partition('"')[0]
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    for kind, tag in (("script-src", "script"), ("style-src", "style")):
+        text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        assert rules.pop(kind) == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
+
+
+def test_the_page_and_its_markdown_have_the_same_order(report: Path) -> None:
+    html, markdown = ((report / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    sections = re.findall(r"<h2[^>]*>([^<]+)</h2>", html)
+    assert sections == [line.removeprefix("## ") for line in markdown.splitlines() if line.startswith("## ")]
+    assert sections == [
+        "Verdict", "Claims", "Figures", "Cells", "What was equal", "Budget", "Tables", "Samples", "Provenance",
+    ]  # fmt: skip
+    assert re.findall(r"<nav.*</nav>", html, re.DOTALL)[0].count("<a ") == len(sections)
+
+
+def test_every_figure_has_its_data_beside_it(page: Page, report: Path) -> None:
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    figures = sorted(file.stem for file in (report / "figures").glob("*.svg"))
+    assert figures == sorted(file.stem for file in (report / "figures").glob("*.csv"))
+    for name in figures:
+        assert f"figures/{name}.csv" in page.links and f"(figures/{name}.csv)" in markdown
+        data = pd.read_csv(report / "figures" / f"{name}.csv")
+        assert len(data) and "setting" in data and {"variant", "first"} & set(data), name
+
+
+def test_markup_of_the_model_is_text_in_markdown_too(report: Path) -> None:
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    assert "<script>" not in markdown and "<img" not in markdown and "<b>" not in markdown
+    assert "&lt;script&gt;alert('x')&lt;/script&gt;" in markdown
 
 
 def test_cells_that_are_not_done_are_shown_with_their_reason(page: Page, report: Path) -> None:
@@ -137,8 +180,8 @@ def _outcomes(report: Path) -> list[str]:
 
 def test_the_verdict_comes_first_and_three_seeds_rank_nothing(report: Path) -> None:
     page, markdown = ((report / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
-    assert page.index("On tiny_dense, nothing is ranked") < page.index("<figure>")
-    assert markdown.index("On tiny_dense, nothing is ranked") < markdown.index("## Training reward")
+    assert page.index("On tiny_dense, nothing is ranked") < page.index("<figure")
+    assert markdown.index("On tiny_dense, nothing is ranked") < markdown.index("### Training reward")
     assert set(_outcomes(report)) == {"too few"}
 
 
@@ -147,3 +190,92 @@ def test_eight_seeds_tell_a_planted_difference(tmp_path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         assert main([str(sweep)]) == 0
     assert "better" in _outcomes(sweep / "report") or "worse" in _outcomes(sweep / "report")
+
+
+def _made_by(report: Path) -> list[str]:
+    """The arguments of the command with which a report says it was made."""
+    made = re.search(r"^Made by `python -m harness\.report (.*)`\.$", (report / "report.md").read_text(), re.MULTILINE)
+    assert made is not None
+    return shlex.split(made[1])
+
+
+def _run(*arguments: object) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([str(argument) for argument in arguments]) == 0
+
+
+def test_what_is_asked_for_is_said_and_made_again_by_the_command_in_the_page(tmp_path: Path) -> None:
+    cells = [Cell(name, "tiny_dense", seed) for name in ("ppo", "grpo", "gspo") for seed in range(4)]
+    sweep = write_sweep(tmp_path / "my sweep", cells)
+    _run(
+        sweep, "--metric", "area:reward/mean", "--axis", "queries", "--baseline", "grpo",
+        "--filter", "algorithm=grpo,ppo", "--filter", "seed=0,1,2",
+    )  # fmt: skip
+    report = sweep / "report"
+    first = files(report)
+    found = pd.read_csv(report / "tables" / "verdicts.csv")
+    assert found[["first", "second", "pairs"]].values.tolist() == [["ppo", "grpo", 3]]
+    drawn = pd.read_csv(report / "figures" / "training_reward.csv")
+    assert drawn["axis"].unique().tolist() == ["queries"] and drawn["x"].max() <= 1280
+    for text in (Page((report / "report.html").read_text()).text, (report / "report.md").read_text()):
+        assert "Filtered by algorithm=grpo,ppo and seed=0,1,2: 6 of 12 cells" in text
+        assert "largest that all finished runs reached: 1.28 thousand on tiny_dense" in text
+        assert "area under the curve of training reward, of which more counts as better" in text
+        assert "against the baseline grpo alone" in text
+        assert "On tiny_dense, against grpo on area under the curve of training reward: ppo is not ranked" in text
+    _run(*_made_by(report))
+    assert files(report) == first
+
+
+def test_several_sweeps_are_reported_on_as_one(tmp_path: Path) -> None:
+    parts = [
+        write_sweep(tmp_path / name, [Cell(name, "tiny_dense", seed) for seed in range(3)]) for name in ("grpo", "gspo")
+    ]
+    report = tmp_path / "joined"
+    _run(*parts, "--out", report)
+    first = files(report)
+    assert "Levelfield: synthetic + synthetic" in (report / "report.md").read_text()
+    assert pd.read_csv(report / "tables" / "verdicts.csv")["pairs"].tolist() == [3]
+    assert _made_by(report) == [*map(str, parts), "--out", str(report)]
+    _run(*_made_by(report))
+    assert files(report) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--metric", "rewards"], "metric rewards: the sweep has no such metric; it has held_out, longer, signed"),
+        (["--axis", "joules"], "axis joules: what was spent on it is not recorded with held_out"),
+        (["--axis", "joules", "--metric", "reward/mean"], "recorded are flops, device_seconds, tokens"),
+        (["--baseline", "dapo"], "baseline dapo: there is no such variant here; there are gspo"),
+        (["--filter", "seed=7"], "filter seed=7: no cell is left; seed is one of 0"),
+        (["--filter", "sead=0"], "filter sead: give KEY=VALUE"),
+        (["--claims", "{sweep}/nowhere"], "nowhere"),
+        (["{other}"], "--out: several sweeps have no common folder"),
+        (["{other}", "--compact", "kept"], "--compact: the compact form is of one sweep"),
+        (["{other}", "--out", "{sweep}/report"], "cannot be joined, since they differ in rollout settings"),
+        (["{sweep}", "--out", "{sweep}/report"], "cannot be joined: both have the cell gspo-tiny_dense-chain_sum-s0"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_with_the_reason_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    warm = {"rollout": {"temperature": 0.7}}
+    sweep = write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_dense", 0)])
+    other = write_sweep(tmp_path / "other", [Cell("grpo", "tiny_dense", 0, config=warm)])
+    assert main([str(sweep), *(option.format(sweep=sweep, other=other) for option in options)]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (sweep / "report").exists()
+
+
+def test_claims_of_ones_own_are_tested_beside_ours(tmp_path: Path) -> None:
+    ours = conf_dir() / "claims" / "clip_fraction.yaml"
+    own = tmp_path / "claims" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text(ours.read_text(encoding="utf-8").replace("statement: GSPO", "statement: My own GSPO"))
+    cells = [Cell(name, "tiny_dense", seed) for name in ("grpo", "gspo") for seed in range(5)]
+    sweep = write_sweep(tmp_path / "sweep", cells)
+    _run(sweep, "--claims", own.parent)
+    claims = pd.read_csv(sweep / "report" / "tables" / "claims.csv")["claim"].tolist()
+    assert [claim.startswith("My own GSPO") for claim in claims].count(True) == 1 and len(claims) > 2
+    assert _made_by(sweep / "report") == [str(sweep), "--claims", str(own.parent)]

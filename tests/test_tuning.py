@@ -36,18 +36,12 @@ _TINY = [
 ]
 
 
-def _trials(folder, scores, seeds=(1000,), **how):
+def _trials(folder, scores, seeds=(1000,)):
     """A folder of trials, one for each score and seed, of gspo on tiny_dense; NaN leaves the run unfinished."""
     cells = []
     for trial, score in enumerate(scores):
         for seed in seeds:
-            algorithm = {
-                "name": "gspo",
-                "optimizer": {"learning_rate": _RATES[trial]},
-                "search_space": {"optimizer.learning_rate": _RATES},
-            }
-            config = {"algorithm": algorithm, "tuning": {"trials": len(scores), "trial": trial}}
-            cell = synthetic.Cell("gspo", "tiny_dense", seed, gain=score, config=config, **how)
+            cell = synthetic.trial("gspo", trial, _RATES[trial], seed, gain=score)
             if np.isneginf(score):
                 cell.status, cell.gain, cell.steps = "diverged", 0.0, 10
             elif np.isnan(score):

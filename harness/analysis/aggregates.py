@@ -4,7 +4,6 @@ All take the rows of :func:`harness.analysis.scores.scores`, or a sweep, and ret
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from harness.analysis.intervals import (
     share_interval,
     trimmed_interval,
 )
-from harness.analysis.scores import Metric, counts, histories, paired, raw_histories
+from harness.analysis.scores import Metric, counts, histories, paired, pairs, raw_histories
 from harness.analysis.sweep import Sweep
 
 OVERALL = "all settings"
@@ -54,8 +53,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def improvements(rows: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
-    """P(X > Y): the probability that a run of one variant scores higher than a run of another, for every pair.
+def improvements(rows: pd.DataFrame, variants: Sequence[str], baseline: str | None = None) -> pd.DataFrame:
+    """P(X > Y): the probability that a run of one variant scores higher than one of another, or of the baseline.
 
     Returns:
         setting, first, second, n (seeds that both have), probability (of the first), low, high; NaN of fewer than
@@ -63,8 +62,7 @@ def improvements(rows: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
     """
     lines = []
     for setting, here in rows.groupby("setting", sort=False):
-        present = [name for name in variants if name in set(here["variant"])]
-        for first, second in combinations(present, 2):
+        for first, second in pairs(here, variants, baseline):
             x, y = paired(here, first, second)
             found = probability_of_improvement(x, y) if len(x) >= MIN_RUNS_FOR_INTERVAL else NONE
             names = {"setting": setting, "first": first, "second": second, "n": len(x)}
@@ -107,7 +105,7 @@ def collapses(sweep: Sweep) -> pd.DataFrame:
     start = firsts.groupby("setting")["y"].mean()
     names = ["setting", "variant", "seed", "run", "status"]
     found = smooth.groupby(names, sort=False)["y"].agg(peak="max", final="last").reset_index()
-    found.insert(len(names), "cold_start", found["setting"].map(start))
+    found.insert(len(names), "cold_start", found["setting"].map(start).astype(float))
     below = found["final"] < found["cold_start"] - COLLAPSE_MARGIN
     lost = (found["peak"] > 0) & (found["final"] < COLLAPSE_SHARE * found["peak"])
     return found.assign(collapsed=below | lost)

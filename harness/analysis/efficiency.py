@@ -76,8 +76,8 @@ def axis_findings(found: Sequence[EqualBudget]) -> list[str]:
     ]
 
 
-def default_targets(rows: pd.DataFrame) -> dict[str, list[float]]:
-    """By setting: a half, three quarters and nine tenths of the way from the cold start to the best variant's end.
+def default_targets(rows: pd.DataFrame, parts: Sequence[float] = TARGETS) -> dict[str, list[float]]:
+    """By setting: parts of the way from the cold start to the best variant's end.
 
     Args:
         rows: of :func:`harness.analysis.scores.histories`. Settings without finished runs have no target.
@@ -86,7 +86,7 @@ def default_targets(rows: pd.DataFrame) -> dict[str, list[float]]:
     for setting, here in rows[rows["status"] == "done"].groupby("setting", sort=False):
         start = here.groupby("run")["y"].first().mean()
         best = here.groupby(["variant", "run"])["y"].last().groupby("variant").mean().max()
-        targets[str(setting)] = [float(start + part * (best - start)) for part in TARGETS]
+        targets[str(setting)] = [float(start + part * (best - start)) for part in parts]
     return targets
 
 

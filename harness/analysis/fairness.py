@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from harness.analysis.sweep import Sweep, distinct, flatten
-from harness.analysis.tables import Table
+from harness.analysis.table import Table
+from harness.analysis.tuning import tuning_summary
 
 _SECTIONS = ("budget", "rollout", "evaluation", "device", "threads")  # must be equal in all cells
 
@@ -23,17 +24,15 @@ class Check:
 
 def checks(sweep: Sweep) -> list[Check]:
     """Hold the cells that ran against the fairness contract. Skipped and planned cells have run nothing."""
-    cells = sweep.cells[~sweep.cells["status"].isin(["skipped", "planned"])]
-    result = []
-    for model, group in _by(cells, "model"):
-        result.append(_one_value(f"initial weights of {model}", group["initial_weights"]))
-        result.append(_settings(f"model settings of {model}", group, "model"))
-    result += [_settings(f"prompts: settings of task {task}", group, "task") for task, group in _by(cells, "task")]
-    result += [_seeds(sweep, setting, group) for setting, group in _by(sweep.cells, "setting")]
-    result += [_settings(f"{section} settings", cells, section) for section in _SECTIONS]
-    result += [_one_value("code that affects numbers", cells["code"]), _one_value("device model", cells["device"])]
-    result.append(_trials(sweep))
-    return result
+    cells = _that_ran(sweep.cells)
+    seeds = [_seeds(sweep, setting, group) for setting, group in _by(sweep.cells, "setting")]
+    return [*_same_problem(cells), *seeds, *_same_conditions(cells), _trials(sweep)]
+
+
+def comparability(cells: pd.DataFrame) -> list[Check]:
+    """The checks without which two runs are not comparable at all, whatever sweeps they are of."""
+    cells = _that_ran(cells)
+    return [*_same_problem(cells), *_same_conditions(cells)]
 
 
 def algorithm_differences(sweep: Sweep) -> Table:
@@ -53,6 +52,25 @@ def algorithm_differences(sweep: Sweep) -> Table:
             rows.append({"setting": key, **texts})
     note = "Only the settings that differ. A dash: the algorithm has no such setting. What is not listed is equal."
     return Table("algorithm_settings", "What differs between the algorithms", note, pd.DataFrame(rows))
+
+
+def _that_ran(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells[~cells["status"].isin(["skipped", "planned"])]
+
+
+def _same_problem(cells: pd.DataFrame) -> list[Check]:
+    """A model or a task of one name is one model and one task."""
+    found = []
+    for model, group in _by(cells, "model"):
+        found.append(_one_value(f"initial weights of {model}", group["initial_weights"]))
+        found.append(_settings(f"model settings of {model}", group, "model"))
+    return found + [_settings(f"prompts: settings of task {task}", group, "task") for task, group in _by(cells, "task")]
+
+
+def _same_conditions(cells: pd.DataFrame) -> list[Check]:
+    settings = [_settings(f"{section} settings", cells, section) for section in _SECTIONS]
+    code, device = _one_value("code that affects numbers", cells["code"]), _one_value("device model", cells["device"])
+    return [*settings, code, device]
 
 
 def _by(cells: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
@@ -94,11 +112,8 @@ def _seeds(sweep: Sweep, setting: str, cells: pd.DataFrame) -> Check:
 
 
 def _trials(sweep: Sweep) -> Check:
-    """Whether every algorithm was tried with as many learning rates as the others."""
-    rates = sweep.cells.dropna(subset=["learning_rate"]).groupby(["algorithm", "setting"], sort=False)["learning_rate"]
-    trials = rates.nunique().groupby(level="algorithm", sort=False).max()
-    detail = ", ".join(f"{name} {count}" for name, count in trials.items())
-    return Check("learning rates tried in this sweep", trials.nunique() == 1, detail)
+    """Whether every algorithm got as many tuning trials as the others, from its own declared space."""
+    return Check("tuning trials", *tuning_summary(sweep))
 
 
 def _plain(value: Any) -> str:

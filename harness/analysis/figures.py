@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from harness.analysis.evidence_figures import equal_budget, pairwise, performance_profiles, scaling
 from harness.analysis.panels import (
     draw_curve,
+    drawn_points,
     legend,
     log_axis,
     panel_legend,
@@ -17,8 +19,9 @@ from harness.analysis.panels import (
 )
 from harness.analysis.phases import budget_by_phase
 from harness.analysis.statistics import Curve, curve, curve_at_points, mean_over_steps
-from harness.analysis.style import Drawing, Unit, looks, unit
+from harness.analysis.style import Drawing, Unit, budget_text, looks, unit
 from harness.analysis.sweep import Sweep
+from harness.analysis.tuning import sensitivity
 
 REWARD, TRUE_REWARD, STEP_REWARD = "reward/mean", "reward/true_mean", "reward/step_mean"
 CLIP_FRACTION = "clip_fraction/token"
@@ -30,8 +33,8 @@ _DYNAMICS = {"entropy": "Entropy (nats)", "grad_norm": "Gradient norm", "ratio/m
 def all_figures(sweep: Sweep) -> list[Drawing]:
     """Every figure that the sweep has data for, in the order of the report. Call inside `figure_style()`."""
     functions: list[Callable[[Sweep], Drawing | None]] = [
-        training_reward, true_reward, step_reward, downstream_accuracy, clip_fraction, expert_change,
-        budget_by_phase, training_dynamics,
+        training_reward, true_reward, step_reward, downstream_accuracy, pairwise, equal_budget, performance_profiles,
+        scaling, clip_fraction, expert_change, budget_by_phase, training_dynamics, sensitivity,
     ]  # fmt: skip
     return [drawing for function in functions if (drawing := function(sweep)) is not None]
 
@@ -76,31 +79,32 @@ def _reward_curves(sweep: Sweep, metric: str, name: str, what: str, described: s
     axes[0, 0].set_ylabel(what)
     legend(figure, looks(sweep), _variants(sweep, curves))
     caption = f"Mean {described}, at what was spent after it, {_until(sweep, budget)}, unsmoothed."
-    return Drawing(name, what, f"{caption} {runs_note(sweep, curves)}", figure)
+    data = drawn_points({metric: curves}, sweep.axis)
+    return Drawing(name, what, f"{caption} {runs_note(sweep, curves)}", figure, data)
 
 
 def downstream_accuracy(sweep: Sweep) -> Drawing | None:
     """Accuracy of the lm-eval tasks against budget, panels task x model."""
     rows, budget = sweep.evaluations, _budget(sweep)
-    if rows.empty:
+    if rows.empty or f"budget/{sweep.axis}" not in rows:
         return None
-    spent = f"budget/{sweep.axis}"
     tasks = list(dict.fromkeys(rows["eval_task"]))
     by_task = {
         task: {
-            (variant, setting): curve_at_points(group, spent, "score", "fraction")
+            (variant, setting): _accuracy(sweep, group, setting)
             for variant, setting, group in sweep.groups(rows[rows["eval_task"] == task])
         }
         for task in tasks
     }
+    cold_start = rows[rows["fraction"] == 0].groupby(["eval_task", "setting"])["score"].agg(y="mean", n="size")
     settings = [setting for setting in sweep.settings if setting in set(rows["setting"])]
     figure, axes = panels(len(settings), [2.2] * len(tasks))
     for row, task in enumerate(tasks):
         axes[row, 0].set_ylabel(f"{task}\naccuracy")
         for column, setting in enumerate(settings):
-            here = rows[(rows["eval_task"] == task) & (rows["setting"] == setting) & (rows["fraction"] == 0)]
-            axes[row, column].axhline(here["score"].mean(), color="#888888", linewidth=0.8, linestyle=(0, (2, 2)))
-            _draw(sweep, axes[row, column], by_task[task], setting, budget, marker="o")
+            level = cold_start["y"].get((task, setting), np.nan)
+            axes[row, column].axhline(level, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)))
+            _draw(sweep, axes[row, column], by_task[task], setting, budget, marker="" if sweep.limits else "o")
     for column, setting in enumerate(settings):
         axes[0, column].set_title(title(setting))
         axes[-1, column].set_xlabel(budget.label)
@@ -111,11 +115,16 @@ def downstream_accuracy(sweep: Sweep) -> Drawing | None:
         f"One score is over {rows['n'].median():.0f} problems, the same for all, and has a standard error of about "
         f"{rows['stderr'].mean():.3f}, which the interval over seeds does not include."
     )
+    where = f"at fractions of the budget, the last within the limit of {budget.text(sweep.limit)}"
+    if sweep.limits:
+        where = f"interpolated between the evaluations of each run, {_until(sweep, budget)}"
     caption = (
-        f"Accuracy of the policy in lm-eval tasks at fractions of the budget, the last within the limit of "
-        f"{budget.text(sweep.limit)}. Dashed grey: the cold start that all share. {runs_note(sweep, first)} {noise}"
+        f"Accuracy of the policy in lm-eval tasks {where}. Dashed grey: the cold start that all share. "
+        f"{runs_note(sweep, first)} {noise}"
     )
-    return Drawing("downstream_accuracy", "Downstream accuracy", caption, figure)
+    levels = cold_start.rename_axis(["metric", "setting"]).reset_index().assign(axis=sweep.axis, line="cold start")
+    data = pd.concat([drawn_points(by_task, sweep.axis), levels], ignore_index=True)
+    return Drawing("downstream_accuracy", "Downstream accuracy", caption, figure, data)
 
 
 def clip_fraction(sweep: Sweep) -> Drawing | None:
@@ -150,7 +159,7 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
         f"batch, {_until(sweep, budget)}. In the legend: mean over steps, then over finished runs. {said} "
         f"{runs_note(sweep, curves)}"
     )
-    return Drawing("clip_fraction", "Clip fraction", caption, figure)
+    return Drawing("clip_fraction", "Clip fraction", caption, figure, drawn_points({CLIP_FRACTION: curves}, sweep.axis))
 
 
 def expert_change(sweep: Sweep) -> Drawing | None:
@@ -162,7 +171,7 @@ def expert_change(sweep: Sweep) -> Drawing | None:
     tokens, used = _curves(sweep, UPDATE_TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
     reward = _curves(sweep, REWARD)
     figure, axes = panels(3, [2.6] * len(settings), sharey="none", width=3.0)
-    fixed = []
+    replayed, fixed = {}, []
     for row, setting in enumerate(settings):
         first, left, right = axes[row]
         _draw(sweep, first, tokens, setting, budget)
@@ -170,6 +179,7 @@ def expert_change(sweep: Sweep) -> Drawing | None:
         for variant, rows in _rows(sweep, USED_EXPERT_CHANGE, setting).items():
             if np.allclose(rows[USED_EXPERT_CHANGE].fillna(0), rows[EXPERT_CHANGE].fillna(0)):
                 continue  # what was used is what was chosen
+            replayed[variant, setting] = used[variant, setting]
             draw_curve(left, used[variant, setting], look[variant], budget)
             mean = mean_over_steps(sweep.finished(rows), USED_EXPERT_CHANGE).mean()
             fixed.append(f"{variant} on {setting}, mean {mean:.2g}")
@@ -195,7 +205,10 @@ def expert_change(sweep: Sweep) -> Drawing | None:
         f"reward of the same runs. All {_until(sweep, budget)}. "
         f"{runs_note(sweep, native)}"
     )
-    return Drawing("expert_change", "Expert change per update, and reward", caption, figure)
+    beside = {key: line for key, line in reward.items() if key[1] in settings}
+    drawn = {UPDATE_TOKEN_CHANGE: tokens, UPDATE_EXPERT_CHANGE: native, USED_EXPERT_CHANGE: replayed, REWARD: beside}
+    data = drawn_points(drawn, sweep.axis)
+    return Drawing("expert_change", "Expert change per update, and reward", caption, figure, data)
 
 
 def training_dynamics(sweep: Sweep) -> Drawing | None:
@@ -224,7 +237,15 @@ def training_dynamics(sweep: Sweep) -> Drawing | None:
         f"ratio at the level at which each algorithm takes it (log axis), {_until(sweep, budget)}. "
         f"{runs_note(sweep, first)}"
     )
-    return Drawing("training_dynamics", "Training dynamics", caption, figure)
+    return Drawing("training_dynamics", "Training dynamics", caption, figure, drawn_points(by_metric, sweep.axis))
+
+
+def _accuracy(sweep: Sweep, rows: pd.DataFrame, setting: str) -> Curve:
+    """Averaged at the points of evaluation, or at an equal budget where these lie at unequal ones."""
+    spent = f"budget/{sweep.axis}"
+    if setting in sweep.limits:
+        return curve(rows, spent, "score", sweep.limits[setting])
+    return curve_at_points(rows, spent, "score", "fraction")
 
 
 def _rows(sweep: Sweep, metric: str, setting: str) -> dict[str, pd.DataFrame]:
@@ -267,6 +288,8 @@ def _budget(sweep: Sweep) -> Unit:
 
 
 def _until(sweep: Sweep, budget: Unit) -> str:
+    if sweep.limits:
+        return f"up to the largest budget that all finished runs of a model reached ({budget_text(sweep)})"
     return f"up to the limit of {budget.text(sweep.limit)} a run"
 
 

@@ -72,13 +72,16 @@ def trimmed_interval(strata: list[np.ndarray], cut: float) -> Interval:
     (Agarwal et al. 2021), whose standard error is that of the winsorised runs (Tukey and McLaughlin 1963).
 
     Args:
-        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs, or one run in a stratum.
+        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs, or one run in a stratum,
+            or where those that are left are equal and those left out are not: the spread is then unknown, and not 0.
     """
     sizes, values = tuple(map(len, strata)), np.concatenate(strata)
     if len(values) < MIN_RUNS_FOR_INTERVAL or min(sizes) < 2:
         return NONE._replace(value=float(stats.trim_mean(values, cut)) if len(values) else np.nan)
     index, noise = _draws(sizes)
     value, error, by_run = _trimmed(values, sizes, cut)
+    if error == 0 and any(np.ptp(runs) > 0 for runs in strata):
+        return NONE._replace(value=float(value))
     value_of, errors_of, _ = _trimmed(values[index] + by_run * noise, sizes, cut)
     low, high = _studentised(value, error, value_of - value, errors_of)
     return Interval(float(value), float(low), float(high))

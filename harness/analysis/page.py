@@ -1,24 +1,49 @@
 """The report: one HTML page that stands alone, and the same in Markdown. All text of the runs' making is escaped."""
 
 import base64
+import hashlib
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from harness.analysis.fairness import Check, algorithm_differences, checks
+from harness.analysis.evidence import axis_sentences, headline_verdicts
+from harness.analysis.fairness import algorithm_differences, checks
 from harness.analysis.figures import all_figures
-from harness.analysis.style import figure_style, save, unit
+from harness.analysis.style import budget_text, figure_style, save
 from harness.analysis.sweep import Sweep, distinct
-from harness.analysis.tables import Table, all_tables, final_scores, headline_verdicts, markdown_text, score_overview
+from harness.analysis.table import Table, markdown_text
+from harness.analysis.tables import all_tables, final_scores, score_overview
+from harness.analysis.tuning import tuning_sentence
 from harness.analysis.verdicts import headlines
+from harness.analysis.view import arguments, notes
 
 _EXPECTED = ("done", "skipped")  # statuses that need no attention
-_SAMPLES = 2  # at each of the first and last evaluation points
+_SECTIONS = {
+    "verdict": "Verdict",
+    "claims": "Claims",
+    "figures": "Figures",
+    "cells": "Cells",
+    "equal": "What was equal",
+    "budget": "Budget",
+    "tables": "Tables",
+    "samples": "Samples",
+    "provenance": "Provenance",
+}
+_PLACES = {  # of tables in these sections; the others stand in "tables"
+    "verdicts": "verdict",
+    "claims": "claims",
+    "completion_grid": "cells",
+    "algorithm_settings": "equal",
+    "budget": "budget",
+    "budget_by_phase": "budget",
+    "samples": "samples",
+}
+_OPTIONAL = ("claims", "budget", "tables", "samples")  # sections that are left out where they have no table
+_FILES_ONLY = ("completion",)  # the page has the grid
 
 
 @dataclass(frozen=True)
@@ -51,31 +76,46 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     """
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    figures = _figures(sweep, folder / "figures")
-    overview, differences, tables = score_overview(sweep), algorithm_differences(sweep), all_tables(sweep)
-    for table in (differences, *tables):
+    tables = [*all_tables(sweep), algorithm_differences(sweep)]
+    for table in tables:
         table.save(folder / "tables")
+    placed = _placed(tables)
     report = Report(folder, final_scores(sweep), _counts(sweep))
     context = {
         "title": f"Levelfield: {sweep.name}",
-        "report": report,
-        "overview": overview,
-        "headlines": headlines(headline_verdicts(sweep)),
-        "budget": f"{unit(sweep.axis, sweep.limit).text(sweep.limit)} ({sweep.axis})",
+        "counts": _counted(report.counts),
+        "unfinished": _counted(report.unfinished),
+        "sections": {name: title for name, title in _SECTIONS.items() if name not in _OPTIONAL or placed[name]},
+        "overview": score_overview(sweep),
+        "notes": notes(sweep),
+        "headlines": headlines(headline_verdicts(sweep), sweep.baseline),
+        "findings": [*axis_sentences(sweep), tuning_sentence(sweep)],
+        "budget": f"{budget_text(sweep)} ({sweep.axis})",
         "cells": len(sweep.cells),
-        "notable": _notable(sweep),
-        "figures": figures,
-        "tables": tables,
-        "differences": differences,
+        "figures": _figures(sweep, folder / "figures"),
+        "tables": placed,
         "checks": checks(sweep),
-        "grid": _grid(sweep),
-        "samples": _samples(sweep),
         "provenance": _provenance(sweep),
-        "command": f"python -m harness.report {shlex.quote(str(sweep.path))}",
+        "command": _command(sweep, folder),
     }
-    (folder / "report.html").write_text(_render(context), encoding="utf-8")
+    (folder / "report.html").write_text(_html(context), encoding="utf-8")
     (folder / "report.md").write_text(_markdown(context), encoding="utf-8")
     return report
+
+
+def _placed(tables: list[Table]) -> dict[str, list[Table]]:
+    """The tables by section; a section that has none is empty."""
+    shown = [table for table in tables if table.name not in _FILES_ONLY]
+    return {
+        section: [table for table in shown if _PLACES.get(table.name, "tables") == section]
+        for section in (*_PLACES.values(), "tables")
+    }
+
+
+def _command(sweep: Sweep, folder: Path) -> str:
+    """What makes this report again; several sweeps have no folder for it by default."""
+    out = ["--out", str(folder)] if len(sweep.paths) > 1 else []
+    return shlex.join(["python", "-m", "harness.report", *arguments(sweep), *out])
 
 
 def _figures(sweep: Sweep, folder: Path) -> list[_Figure]:
@@ -91,37 +131,8 @@ def _counts(sweep: Sweep) -> dict[str, int]:
     return {str(status): int(count) for status, count in sweep.cells["status"].value_counts(sort=False).items()}
 
 
-def _notable(sweep: Sweep) -> list[dict[str, str]]:
-    """Cells that are not done, with their reason; cells that share status and reason are one entry."""
-    cells = sweep.cells[sweep.cells["status"] != "done"]
-    entries: dict[tuple[str, str], list[str]] = {}
-    for cell in cells.itertuples():
-        reason = cell.reason if isinstance(cell.reason, str) and cell.reason else "no reason recorded"
-        entries.setdefault((str(cell.status), reason), []).append(str(cell.label))
-    return [
-        {"status": status, "reason": reason, "cells": ", ".join(labels)} for (status, reason), labels in entries.items()
-    ]
-
-
-def _grid(sweep: Sweep) -> dict[str, Any]:
-    """Statuses by variant (rows) and setting and seed (columns)."""
-    columns = sweep.cells[["setting", "seed"]].drop_duplicates().dropna()
-    columns = columns.sort_values("seed", kind="stable")
-    keys = [(name, int(seed)) for name in sweep.settings for seed in columns[columns["setting"] == name]["seed"]]
-    status = {(cell.variant, cell.setting, cell.seed): cell.status for cell in sweep.cells.itertuples()}
-    rows = [(variant, [status.get((variant, *key), "–") for key in keys]) for variant in sweep.variants]
-    return {"columns": keys, "rows": rows}
-
-
-def _samples(sweep: Sweep) -> list[dict[str, Any]]:
-    """A few completions of each variant's first seed in each setting, from the first and the last evaluation point."""
-    groups = []
-    for variant, setting, rows in sweep.groups(sweep.samples):
-        one = rows[rows["run"] == rows["run"].iloc[0]]
-        ends = one[one["fraction"].isin([one["fraction"].min(), one["fraction"].max()])]
-        shown = ends.groupby("fraction").head(_SAMPLES).to_dict("records")
-        groups.append({"variant": variant, "setting": setting, "rows": shown})
-    return groups
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def _provenance(sweep: Sweep) -> list[tuple[str, str]]:
@@ -138,46 +149,26 @@ def _provenance(sweep: Sweep) -> list[tuple[str, str]]:
     return [*lines, *((package, ", ".join(distinct(versions))) for package, versions in sorted(packages.items()))]
 
 
-def _render(context: dict[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(context)
+def _html(context: dict[str, Any]) -> str:
+    """The page, on which this style and this script alone are in force: the browser goes by their hashes."""
+    inline: dict[str, str] = {}
+    for name, file in (("style", "report.css"), ("script", "report.js")):
+        text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        inline |= {name: text, f"{name}_hash": f"sha256-{digest}"}
+    return _template("report.html.j2", autoescape=True).render(context, **inline)
 
 
 def _markdown(context: dict[str, Any]) -> str:
-    report: Report = context["report"]
-    parts = [f"# {context['title']}"]
-    parts.append(f"{context['cells']} cells: {_counted(report.counts)}. Budget: {context['budget']} a run.")
-    if report.unfinished:
-        parts.append(f"**Not finished: {_counted(report.unfinished)}.** What follows is not the whole comparison.")
-    parts += [
-        f"- {entry['status']}: {markdown_text(entry['cells'])} ({markdown_text(entry['reason'])})"
-        for entry in context["notable"]
-    ]
-    parts += [f"- {markdown_text(sentence)}" for sentence in context["headlines"]]
-    parts += _section(context["overview"])
-    for figure in context["figures"]:
-        parts += [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)", markdown_text(figure.caption)]
-    for table in context["tables"]:
-        parts += _section(table)
-    parts += ["## What was equal", *_check_lines(context["checks"]), *_section(context["differences"])]
-    parts += ["## Provenance", *(f"- {name}: {markdown_text(value)}" for name, value in context["provenance"])]
-    parts.append(f"Made by `{context['command']}`.")
-    return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
+    """Whatever the template does not mark as safe is escaped."""
+    return _template("report.md.j2", finalize=_escaped).render(context)
 
 
-def _section(table: Table) -> list[str]:
-    return [f"## {table.title}", table.markdown(), table.note]
+def _escaped(value: Any) -> str:
+    return str(value) if hasattr(value, "__html__") else markdown_text(str(value))
 
 
-def _check_lines(found: Sequence[Check]) -> list[str]:
-    return [f"- {'equal' if c.equal else '**not equal**'}: {c.what}: {markdown_text(c.detail)}" for c in found]
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in counts.items())
+def _template(name: str, **options: Any) -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+    return environment.get_template(name)

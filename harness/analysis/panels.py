@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -44,12 +45,31 @@ def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = 
         low = np.maximum(curve.low, np.finfo(float).tiny) if log else curve.low
         axes.fill_between(curve.x / unit.scale, low, curve.high, color=look.color, alpha=0.16, linewidth=0)
     else:
-        for x, y in curve.finished:
+        for x, y in curve.finished.values():
             axes.plot(x / unit.scale, _positive(y, log), **{**style, "linewidth": 1.0, "alpha": 0.9})
-    for x, y in curve.unfinished:
+    for x, y in curve.unfinished.values():
         y = _positive(y, log)
         axes.plot(x / unit.scale, y, **{**style, "linewidth": 0.8, "alpha": 0.75})
         axes.plot(x[-1:] / unit.scale, y[-1:], color=look.color, marker="x", markersize=6, linestyle="none")
+
+
+def drawn_points(by_metric: Mapping[str, Curves], axis: str) -> pd.DataFrame:
+    """What :func:`draw_curve` draws, point by point; a point that a log axis cannot show is here all the same.
+
+    Returns:
+        metric, axis, setting, variant, line (`mean`, or the name of a run that is drawn by itself), n (runs in the
+        line), x (in the axis's unit), y, low, high (NaN of single runs).
+    """
+    lines = [
+        pd.DataFrame(
+            {"metric": metric, "axis": axis, "setting": setting, "variant": variant, "line": line, "n": n}
+            | dict(zip(("x", "y", "low", "high"), points, strict=True))
+        )
+        for metric, curves in by_metric.items()
+        for (variant, setting), curve in curves.items()
+        for line, (n, *points) in _lines(curve).items()
+    ]
+    return pd.concat(lines, ignore_index=True)
 
 
 def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -103,6 +123,13 @@ def runs_note(sweep: Sweep, curves: Curves) -> str:
     return " ".join(parts)
 
 
+def _lines(curve: Curve) -> dict[str, tuple[int, np.ndarray, np.ndarray, Any, Any]]:
+    """By name: n, x, y, low and high of what is drawn of a curve."""
+    mean = {"mean": (curve.n, curve.x, curve.mean, curve.low, curve.high)}
+    single = curve.unfinished if len(curve.x) else {**curve.finished, **curve.unfinished}
+    return (mean if len(curve.x) else {}) | {run: (1, x, y, np.nan, np.nan) for run, (x, y) in single.items()}
+
+
 def _counts(curves: Curves) -> str:
     by_n: dict[int, list[str]] = {}
     for (variant, setting), curve in curves.items():
@@ -142,6 +169,6 @@ def _positive(values: np.ndarray, log: bool) -> np.ndarray:
 
 
 def _drawn(curve: Curve) -> list[float]:
-    lines = [curve.mean] if len(curve.x) else [y for _, y in curve.finished]
-    lines = [*lines, *(y for _, y in curve.unfinished)]
+    lines = [curve.mean] if len(curve.x) else [y for _, y in curve.finished.values()]
+    lines = [*lines, *(y for _, y in curve.unfinished.values())]
     return [float(value) for line in lines for value in line if value > 0]

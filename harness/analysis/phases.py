@@ -46,7 +46,7 @@ def budget_by_phase(sweep: Sweep) -> Drawing | None:
         f"n stands beside each bar. Black: 95 % bootstrap interval of the total over seeds ({RESAMPLES:,} resamples), "
         "where n is 3 or more. Evaluation, checkpoints, logging and start-up are not charged."
     )
-    return Drawing("budget_by_phase", "Budget by phase", caption, figure)
+    return Drawing("budget_by_phase", "Budget by phase", caption, figure, table)
 
 
 def phase_costs(sweep: Sweep) -> pd.DataFrame:

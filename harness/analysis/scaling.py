@@ -53,6 +53,7 @@ class ScalingFit:
         predicted, measured: the metric over the last tenth of the budget, as the fit to the first half predicts it, and
             as it was; NaN where it did not come to that.
         asymptote, midpoint, steepness: with 95 % intervals over seeds; NaN where there is no fit.
+        points: budget and metric of all runs, what is fitted, `[P, 2]`.
         x, y, low, high: the fitted curve and its pointwise 95 % interval, `[G]`; empty where there is no fit.
     """
 
@@ -68,6 +69,7 @@ class ScalingFit:
     asymptote: Interval = NONE
     midpoint: Interval = NONE
     steepness: Interval = NONE
+    points: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
     x: np.ndarray = field(default_factory=lambda: np.empty(0))
     y: np.ndarray = field(default_factory=lambda: np.empty(0))
     low: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -103,6 +105,7 @@ def scaling_fits(sweep: Sweep, metric: Metric, axis: str | None = None) -> list[
 
 def fit_runs(runs: Sequence[np.ndarray], limit: float, fit: ScalingFit) -> ScalingFit:
     """Complete a fit that knows its start from each run's points `[points, 2]`: budget, up to the limit, and metric."""
+    fit = replace(fit, points=np.concatenate(runs))
     if len(runs) < MIN_RUNS_FOR_INTERVAL:
         return replace(fit, reason=f"{len(runs)} finished runs, where it takes {MIN_RUNS_FOR_INTERVAL}")
     scaled = [run / [limit, 1] for run in runs]
@@ -110,9 +113,7 @@ def fit_runs(runs: Sequence[np.ndarray], limit: float, fit: ScalingFit) -> Scali
     early, late = points[points[:, 0] <= _FIRST], points[points[:, 0] >= _LAST]
     fewest = min(int(((run[:, 0] > 0) & (run[:, 0] <= _FIRST)).sum()) for run in scaled)
     if fewest < MIN_POINTS:
-        return replace(
-            fit, reason=f"{fewest} points of a run in the first half of the budget, where it takes {MIN_POINTS}"
-        )
+        return replace(fit, reason=f"points of a run in the first half: {fewest}, where it takes {MIN_POINTS}")
     guess = Sigmoid(float(late[:, 1].mean()), float(np.log(0.3)), 0.0)
     whole = _fit(points, fit.start, guess)
     half = _fit(early, fit.start, whole or guess)

@@ -1,16 +1,22 @@
 """One number per run: what variants are compared by, at the end of the budget or at an equal one on any axis."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from harness.analysis.sweep import Sweep, columns_of
+from harness.analysis.sweep import Sweep, columns_of, common_budget
+from harness.errors import ConfigError
+from harness.runs.reading import IDENTITY
 
 COUNTED = ("done", "diverged", "failed")  # the outcomes of runs that have come to an end
 _WORST = ("diverged", "failed")
 _SMOOTHED = 0.1  # the share of a run's steps that the reward at one step is averaged over
+_AREA = "area:"  # before the name of a metric: the area under its curve
+_NOT_METRICS = (*IDENTITY, "step", "variant", "setting")
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,39 @@ class Metric:
 
 
 def headline_metric(sweep: Sweep) -> Metric | None:
-    """What verdicts are about: the first lm-eval task; None before anything was evaluated."""
+    """What verdicts are about: the metric that was chosen, or the first lm-eval task; None before there is one.
+
+    Raises:
+        ConfigError: as :func:`find_metric` does.
+    """
+    if sweep.metric is not None:
+        return find_metric(sweep, sweep.metric)
     tasks = list(columns_of(sweep.cells, "score/").values())
     return Metric("evaluations", tasks[0]) if tasks else None
+
+
+def find_metric(sweep: Sweep, name: str) -> Metric:
+    """The metric of a name: an lm-eval task, or a column of the metrics such as `reward/mean`.
+
+    Args:
+        name: with `area:` before it, the area under the curve of the metric instead of its last value.
+
+    Raises:
+        ConfigError: where the sweep has no such metric, listing what it has.
+    """
+    plain = name.removeprefix(_AREA)
+    summary: Literal["final", "area"] = "final" if plain == name else "area"
+    tasks = list(dict.fromkeys(sweep.evaluations["eval_task"]))
+    if plain in tasks:
+        return Metric("evaluations", plain, summary)
+    measured = [str(column) for column in sweep.all_runs.dropna(axis="columns", how="all").select_dtypes("number")]
+    columns = [column for column in measured if column not in _NOT_METRICS and not column.startswith("budget/")]
+    if plain in columns:
+        return Metric("runs", plain, summary)
+    raise ConfigError(
+        f"metric {name}: the sweep has no such metric; it has {', '.join([*tasks, *columns]) or 'none yet'}; "
+        f"{_AREA}NAME is the area under the curve of one"
+    )
 
 
 def histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
@@ -56,7 +92,7 @@ def histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
 
 def raw_histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
     """As :func:`histories`, but never smoothed."""
-    frame, spent = getattr(sweep, metric.source), f"budget/{axis}"
+    frame, spent = _measured(sweep, metric), f"budget/{axis}"
     if metric.source == "evaluations":
         frame = frame[frame["eval_task"] == metric.name].rename(columns={"score": "y"})
     else:
@@ -67,16 +103,9 @@ def raw_histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
 
 
 def axes(sweep: Sweep, metric: Metric) -> list[str]:
-    """The budget axes that are recorded with the metric, the one that ended the runs first."""
-    found = columns_of(getattr(sweep, metric.source).dropna(axis="columns", how="all"), "budget/").values()
+    """The budget axes that are recorded with the metric, the one that the sweep is compared on first."""
+    found = columns_of(_measured(sweep, metric).dropna(axis="columns", how="all"), "budget/").values()
     return sorted(found, key=lambda axis: axis != sweep.axis)
-
-
-def common_budget(rows: pd.DataFrame) -> dict[str, float]:
-    """The largest budget that all finished runs of a setting reached, from the rows of :func:`histories`."""
-    done = rows[rows["status"] == "done"]
-    ends = done.groupby(["setting", "run"], as_index=False)["x"].max()
-    return {str(setting): float(group["x"].min()) for setting, group in ends.groupby("setting")}
 
 
 def scores(sweep: Sweep, metric: Metric, axis: str | None = None) -> pd.DataFrame:
@@ -87,14 +116,15 @@ def scores(sweep: Sweep, metric: Metric, axis: str | None = None) -> pd.DataFram
 
     Args:
         axis: compare at the largest budget on it that all finished runs of a setting reached, between the points of a
-            run interpolated; by default at the end of each run, which is the budget's limit.
+            run interpolated; by default as the sweep is compared, which is at the end of each run, the budget's limit,
+            unless another axis was chosen for it.
 
     Returns:
         One row per cell that is not skipped: setting, variant, seed, run, status, score (NaN where there is none: of
         runs that are not over, were not measured by that budget, or went wrong where nothing was measured at all).
     """
     rows = histories(sweep, metric, axis or sweep.axis)
-    limits = common_budget(rows) if axis else {}
+    limits = common_budget(rows) if axis else sweep.limits
     found = {}
     for run, curve in rows[rows["status"] == "done"].groupby("run", sort=False):
         x, y = curve["x"].to_numpy(), curve["y"].to_numpy()
@@ -112,11 +142,23 @@ def counts(rows: pd.DataFrame) -> dict[str, int]:
     return {"n": int(known.sum()), "worst": int(worst.sum()), "missing": int((~known).sum())}
 
 
+def pairs(rows: pd.DataFrame, variants: Sequence[str], baseline: str | None = None) -> list[tuple[str, str]]:
+    """Of the rows of one setting: the variants to compare, all with all, or all with a baseline, in this order."""
+    present = [name for name in variants if name in set(rows["variant"])]
+    if baseline is None:
+        return list(combinations(present, 2))
+    return [(name, baseline) for name in present if name != baseline and baseline in present]
+
+
 def paired(rows: pd.DataFrame, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows of one setting: the scores of two variants on the seeds that both have, `[n]` each."""
     here = rows[rows["variant"].isin([first, second])]
     table = here.pivot(index="seed", columns="variant", values="score").reindex(columns=[first, second]).dropna()
     return table[first].to_numpy(dtype=float), table[second].to_numpy(dtype=float)
+
+
+def _measured(sweep: Sweep, metric: Metric) -> pd.DataFrame:
+    return sweep.evaluations if metric.source == "evaluations" else sweep.all_runs
 
 
 def _trailing_mean(values: pd.Series) -> pd.Series:

@@ -1,6 +1,5 @@
 """Means over seeds and how far they can be trusted."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ class Curve:
     Attributes:
         n: finished runs.
         x, mean, low, high: `[G]`, over the range that all finished runs share; empty where n is too small.
-        finished, unfinished: (x, y) of single runs, each `[steps]`.
+        finished, unfinished: (x, y) of single runs by the run's name, each `[steps]`.
     """
 
     n: int
@@ -36,8 +35,8 @@ class Curve:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    finished: list[tuple[np.ndarray, np.ndarray]]
-    unfinished: list[tuple[np.ndarray, np.ndarray]]
+    finished: dict[str, tuple[np.ndarray, np.ndarray]]
+    unfinished: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def estimate(values: pd.Series) -> Estimate:
@@ -54,21 +53,22 @@ def mean_over_steps(rows: pd.DataFrame, metric: str) -> pd.Series:
     return rows.groupby("run", sort=False)[metric].mean()
 
 
-def curve(rows: pd.DataFrame, x: str, y: str) -> Curve:
+def curve(rows: pd.DataFrame, x: str, y: str, end: float = np.inf) -> Curve:
     """Interpolate the finished runs linearly on a common grid, and average them over seeds.
 
     Args:
         rows: (run, step) rows of one variant in one setting.
         x, y: columns.
+        end: of x; a run that goes past it ends there, interpolated.
     """
-    done = list(_single_runs(rows[rows["status"] == "done"], x, y))
-    others = list(_single_runs(rows[rows["status"] != "done"], x, y))
+    done = _single_runs(rows[rows["status"] == "done"], x, y, end)
+    others = _single_runs(rows[rows["status"] != "done"], x, y, end)
     if len(done) < MIN_RUNS_FOR_INTERVAL:
         empty = np.empty(0)
         return Curve(len(done), empty, empty, empty, empty, done, others)
-    first, last = max(xs[0] for xs, _ in done), min(xs[-1] for xs, _ in done)
+    first, last = max(xs[0] for xs, _ in done.values()), min(xs[-1] for xs, _ in done.values())
     grid = np.linspace(first, last, GRID_POINTS)
-    values = np.stack([np.interp(grid, xs, ys) for xs, ys in done])
+    values = np.stack([np.interp(grid, xs, ys) for xs, ys in done.values()])
     low, high = bootstrap_interval(values)
     return Curve(len(done), grid, values.mean(axis=0), low, high, done, others)
 
@@ -79,8 +79,8 @@ def curve_at_points(rows: pd.DataFrame, x: str, y: str, point: str) -> Curve:
     Nothing is interpolated, so that a mean is 0 only where all runs are.
     """
     done = rows[rows["status"] == "done"]
-    singles = list(_single_runs(done, x, y))
-    others = list(_single_runs(rows[rows["status"] != "done"], x, y))
+    singles = _single_runs(done, x, y)
+    others = _single_runs(rows[rows["status"] != "done"], x, y)
     if len(singles) < MIN_RUNS_FOR_INTERVAL:
         empty = np.empty(0)
         return Curve(len(singles), empty, empty, empty, empty, singles, others)
@@ -90,6 +90,16 @@ def curve_at_points(rows: pd.DataFrame, x: str, y: str, point: str) -> Curve:
     return Curve(len(singles), at, values.mean().to_numpy(), low, high, singles, others)
 
 
-def _single_runs(rows: pd.DataFrame, x: str, y: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for _, run in rows.dropna(subset=[x, y]).groupby("run", sort=False):
-        yield run[x].to_numpy(dtype=float), run[y].to_numpy(dtype=float)
+def _single_runs(rows: pd.DataFrame, x: str, y: str, end: float = np.inf) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found = {
+        str(name): (run[x].to_numpy(dtype=float), run[y].to_numpy(dtype=float))
+        for name, run in rows.dropna(subset=[x, y]).groupby("run", sort=False)
+    }
+    return {name: _until(end, *points) for name, points in found.items() if points[0][0] <= end}
+
+
+def _until(end: float, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if x[-1] <= end:
+        return x, y
+    inside = x < end
+    return np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from harness.analysis.sweep import Sweep
 
@@ -48,12 +50,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure: its name is its file name, its caption says n, the statistic and the interval."""
+    """A finished figure.
+
+    Attributes:
+        name: of its files.
+        caption: says n, the statistic and the interval.
+        data: the very points that are drawn, in tidy form.
+    """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    data: pd.DataFrame
 
 
 @contextmanager
@@ -110,9 +119,22 @@ def unit(axis: str, size: float) -> Unit:
     return Unit(scale, symbol, f"{name} ({symbol})" if symbol else name)
 
 
+def budget_text(sweep: Sweep) -> str:
+    """The budget that is compared at: one for all, or one for each setting where another axis was chosen."""
+    measure = unit(sweep.axis, sweep.limit)
+    each = [f"{measure.text(limit)} on {setting}" for setting, limit in sweep.limits.items()]
+    return ", ".join(each) or measure.text(sweep.limit)
+
+
 def save(drawing: Drawing, folder: Path) -> bytes:
-    """Write NAME.png and NAME.svg with the caption drawn below; return the SVG without it, for a page that sets it."""
+    """Write NAME.csv, and NAME.png and NAME.svg with the caption drawn below.
+
+    Returns:
+        The SVG without its caption, for a page that sets it.
+    """
     figure = drawing.figure
+    drawing.data.to_csv(folder / f"{drawing.name}.csv", index=False, lineterminator="\n")
+    _settle(figure)
     bare = io.BytesIO()
     figure.savefig(bare, format="svg", metadata={"Date": None})
     _draw_caption(figure, drawing.caption)
@@ -121,15 +143,25 @@ def save(drawing: Drawing, folder: Path) -> bytes:
     return bare.getvalue()
 
 
+def _settle(figure: Figure) -> None:
+    """Lay the panels out for good, rounded: the solver's last bits vary from time to time, and SVG hashes every bit."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(Bbox(axes.get_position().get_points().round(6)))
+
+
 def _draw_caption(figure: Figure, caption: str) -> None:
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(caption, width=int(width * 17.5))
     below = (len(lines) * _CAPTION_SIZE * 1.35 + 10) / 72
     total = height + below
     figure.set_size_inches(width, total)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(rect=(0, below / total, 1, 1 - below / total))  # type: ignore[call-arg]
+    for axes in figure.axes:
+        left, bottom, across, up = axes.get_position().bounds
+        axes.set_position((left, (below + bottom * height) / total, across, up * height / total))
     figure.text(
         0.1 / width, (below - 4 / 72) / total, "\n".join(lines),
         va="top", ha="left", fontsize=_CAPTION_SIZE, color="#333333", linespacing=1.25,

@@ -1,7 +1,7 @@
 """A sweep as the analysis sees it: its cells, curves and scores, and what distinguishes its lines and panels."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,48 @@ from harness.runs import load_cells, load_evaluations, load_runs, load_samples
 from harness.runs.reading import PathLike
 
 # Where a run writes, never what it computes; and what a mean is taken over.
-_NOT_SETTINGS = ("sweep", "results", "logger", "checkpoint_every", "seed")
+_NOT_SETTINGS = ("sweep", "results", "logger", "tuning", "checkpoint_every", "seed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # frames have no one answer to ==, so that a sweep equals itself alone
 class Sweep:
     """What is drawn and tabulated.
 
     Attributes:
+        paths, name: the folder, or several that were joined, and what they are called.
         axis, limit: the budget that is equal for all cells.
         cells, runs, evaluations, samples: the frames of :mod:`harness.runs`, with two columns more: `variant`, the
             algorithm, and whatever else its cells of one model differ in, e.g. a learning rate that is searched; and
             `setting`, the model, and `model/task` where there are several tasks. Means are over the seeds of a variant
             in a setting. `runs` ends at the budget's limit and holds no rows of cells without metrics.
+        all_runs: as `runs`, but to the limit that ended them, whatever axis they are compared on.
         variants, settings: their values in the order of the sweep's plan.
+        limits: by setting, where the axis is not the one that ended the runs: the largest budget on it that all
+            finished runs reached. `runs` end there, `score/TASK` of `cells` is the score there, and `limit` is the
+            largest of them.
+        metric, baseline: what verdicts are about, as :func:`harness.analysis.scores.find_metric` takes it, and the
+            variant that they are all against; None for the first lm-eval task, and for all pairs.
+        filters, left_out: what cells were chosen by (`KEY=VALUE[,VALUE...]`), and how many that left out.
+        claims: a folder of further claims to test (:func:`harness.analysis.claims.load_claims`).
     """
 
-    path: Path
+    paths: Sequence[Path]
     name: str
     axis: str
     limit: float
     cells: pd.DataFrame
     runs: pd.DataFrame
+    all_runs: pd.DataFrame
     evaluations: pd.DataFrame
     samples: pd.DataFrame
     variants: list[str]
     settings: list[str]
+    limits: dict[str, float] = field(default_factory=dict)
+    metric: str | None = None
+    baseline: str | None = None
+    filters: Sequence[str] = ()
+    left_out: int = 0
+    claims: Path | None = None
 
     def finished(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of runs that reached their limit: the ones that means are taken over."""
@@ -58,24 +74,47 @@ def read_sweep(path: PathLike) -> Sweep:
         NoRuns: where there are no runs.
     """
     cells = load_cells(path)
+    name = str(cells["sweep"].iloc[0])
+    return assemble([Path(path)], name, cells, load_runs(path), load_evaluations(path), load_samples(path))
+
+
+def assemble(
+    paths: Sequence[Path],
+    name: str,
+    cells: pd.DataFrame,
+    runs: pd.DataFrame,
+    evaluations: pd.DataFrame,
+    samples: pd.DataFrame,
+) -> Sweep:
+    """A sweep of the frames of :mod:`harness.runs`; the columns `variant` and `setting` are made anew."""
     several = cells["task"].nunique() > 1
-    cells["setting"] = cells["model"] + ("/" + cells["task"] if several else "")
-    cells["variant"] = _variants(cells)
-    columns = cells[["run", "variant", "setting"]]
-    axes, limits = cells["budget_axis"].dropna(), cells["budget_limit"].dropna()
-    axis = str(axes.iloc[0]) if len(axes) else "flops"
+    cells = cells.assign(setting=cells["model"] + ("/" + cells["task"] if several else ""), variant=_variants(cells))
+    axis, limit = stopped_at(cells)
+    runs, evaluations, samples = (
+        frame.drop(columns=["variant", "setting"], errors="ignore").merge(
+            cells[["run", "variant", "setting"]], on="run", how="left"
+        )
+        for frame in (cut_at_limit(runs, axis), evaluations, samples)
+    )
     return Sweep(
-        path=Path(path),
-        name=str(cells["sweep"].iloc[0]),
+        paths=paths,
+        name=name,
         axis=axis,
-        limit=float(limits.iloc[0]) if len(limits) else float("nan"),
+        limit=limit,
         cells=cells,
-        runs=cut_at_limit(load_runs(path), axis).merge(columns, on="run", how="left"),
-        evaluations=load_evaluations(path).merge(columns, on="run", how="left"),
-        samples=load_samples(path).merge(columns, on="run", how="left"),
+        runs=runs,
+        all_runs=runs,
+        evaluations=evaluations,
+        samples=samples,
         variants=list(dict.fromkeys(cells["variant"])),
         settings=list(dict.fromkeys(cells["setting"])),
     )
+
+
+def stopped_at(cells: pd.DataFrame) -> tuple[str, float]:
+    """Axis and limit (NaN where not recorded yet) of the budget that ends the runs."""
+    axes, limits = cells["budget_axis"].dropna(), cells["budget_limit"].dropna()
+    return str(axes.iloc[0]) if len(axes) else "flops", float(limits.iloc[0]) if len(limits) else float("nan")
 
 
 def cut_at_limit(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -84,6 +123,17 @@ def cut_at_limit(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
     if spent not in runs:
         return runs.iloc[:0].assign(**{spent: pd.Series(dtype=float)})
     return runs[runs[spent] <= runs["budget_limit"]]
+
+
+def common_budget(rows: pd.DataFrame) -> dict[str, float]:
+    """By setting: the largest budget that all finished runs reached.
+
+    Args:
+        rows: setting, run, status and x, the budget spent, e.g. of :func:`harness.analysis.scores.histories`.
+    """
+    done = rows[rows["status"] == "done"]
+    ends = done.groupby(["setting", "run"], as_index=False)["x"].max()
+    return {str(setting): float(group["x"].min()) for setting, group in ends.groupby("setting")}
 
 
 def columns_of(frame: pd.DataFrame, prefix: str) -> dict[str, str]:

@@ -1,15 +1,23 @@
 """The tables of a comparison: numbers as CSV, words as Markdown."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from harness.analysis.claims import claims_table
 from harness.analysis.decisions import MARGIN
+from harness.analysis.evidence import headline_verdicts
+from harness.analysis.evidence_tables import (
+    equal_budget_means,
+    equal_budget_winners,
+    probabilities_of_improvement,
+    scaling,
+    score_summary,
+    stabilities,
+    times_to_target,
+)
 from harness.analysis.figures import (
     CLIP_FRACTION,
     EXPERT_CHANGE,
@@ -22,88 +30,44 @@ from harness.analysis.figures import (
     has_reward_errors,
 )
 from harness.analysis.phases import phase_costs
-from harness.analysis.scores import headline_metric, scores
 from harness.analysis.statistics import Estimate, estimate, mean_over_steps
-from harness.analysis.style import unit
-from harness.analysis.sweep import Sweep, columns_of
-from harness.analysis.verdicts import Verdict, verdicts
+from harness.analysis.style import budget_text, unit
+from harness.analysis.sweep import Sweep, columns_of, stopped_at
+from harness.analysis.table import Table
+from harness.analysis.tuning import tuning_sensitivity, tuning_trials
 
+_SAMPLES = 2  # at each evaluation point that is shown
 _STEPS = {"steps a run": "{:.0f}"}
 _INTERVAL = "low and high: 95 % bootstrap interval of the mean over seeds, where n is 3 or more"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A frame of numbers with what a reader must know about it.
-
-    `formats` maps columns to format strings for display; the CSV keeps every digit.
-    """
-
-    name: str
-    title: str
-    note: str
-    frame: pd.DataFrame
-    formats: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def header(self) -> list[str]:
-        """Column names."""
-        return [str(column) for column in self.frame]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Cells as they are displayed; a value that is absent is a dash."""
-        records = self.frame.to_dict("records")
-        return [[_text(record[name], self.formats.get(str(name), "{:.3g}")) for name in record] for record in records]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [pd.api.types.is_numeric_dtype(self.frame[column]) for column in self.frame]
-
-    def markdown(self) -> str:
-        """A pipe table in which no cell's text acts as markup."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "".join(f"| {' | '.join(map(markdown_text, line))} |\n" for line in lines)
-
-    def save(self, folder: Path) -> None:
-        """Write NAME.csv and NAME.md."""
-        self.frame.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
-        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\n{self.note}\n", encoding="utf-8")
 
 
 def all_tables(sweep: Sweep) -> list[Table]:
     """Every table that the sweep has data for, in the order of the report."""
     functions: list[Callable[[Sweep], Table]] = [
-        verdict_table, final_scores, rewards, budgets, phases, clip_fractions, expert_changes, learning_rate_search,
-        completion,
+        verdict_table, claims_table, score_summary, probabilities_of_improvement, equal_budget_winners,
+        equal_budget_means, times_to_target, stabilities, scaling,
+        final_scores, rewards, budgets, phases, clip_fractions, expert_changes,
+        tuning_trials, tuning_sensitivity, learning_rate_search,
+        completion_grid, completion, samples,
     ]  # fmt: skip
     return [table for function in functions if len((table := function(sweep)).frame)]
 
 
 def score_overview(sweep: Sweep) -> Table:
-    """Final scores as one line per model and evaluation, one column per variant."""
+    """Final scores as one line per model and variant, below that of the cold start, one column per evaluation."""
     scores = final_scores(sweep).frame
     rows = []
-    for (setting, task), group in scores.groupby(["model", "evaluation"], sort=False) if len(scores) else ():
-        row = {"model": setting, "evaluation": task, "cold start": group["cold start"].mean()}
-        by_variant = group.set_index("algorithm")
+    for setting, group in scores.groupby("model", sort=False) if len(scores) else ():
+        start = group.groupby("evaluation")["cold start"].mean().dropna()
+        rows.append({"model": setting, "algorithm": "cold start", **start.map("{:.3f}".format)})
         for variant in sweep.variants:
-            row[variant] = _score(by_variant.loc[variant]) if variant in by_variant.index else "–"
-        rows.append(row)
+            own = group[group["algorithm"] == variant].to_dict("records")
+            rows.append({"model": setting, "algorithm": variant} | {row["evaluation"]: _score(row) for row in own})
     note = (
         "Mean score at the end of the budget over n finished runs, with its 95 % bootstrap interval over seeds where "
-        "n is 3 or more. Where intervals overlap, these runs do not tell the algorithms apart."
-    )  # fmt: skip
-    return Table("overview", "Final scores", note, pd.DataFrame(rows), {"cold start": "{:.3f}"})
-
-
-def headline_verdicts(sweep: Sweep) -> list[Verdict]:
-    """Of every pair in every setting, on the headline metric at the end of the budget."""
-    metric = headline_metric(sweep)
-    if metric is None:
-        return []
-    return verdicts(scores(sweep, metric), metric, sweep.variants)
+        "n is 3 or more. Whether two algorithms differ is for the verdicts to say, which compare the runs of each seed."
+    )
+    return Table("overview", "Final scores", note, pd.DataFrame(rows))
 
 
 def verdict_table(sweep: Sweep) -> Table:
@@ -111,7 +75,7 @@ def verdict_table(sweep: Sweep) -> Table:
     found = headline_verdicts(sweep)
     rows = [
         {
-            "model": one.setting, "first": one.first, "second": one.second, "first is": one.outcome,
+            "model": one.setting, "first": one.first, "first is": one.outcome, "second": one.second,
             "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n, "p (Holm)": one.p_holm,
             "further seeds": "over 1,000" if one.further_seeds is None else str(one.further_seeds),
         }
@@ -124,6 +88,8 @@ def verdict_table(sweep: Sweep) -> Table:
         f"within ±{MARGIN}. Too few: so few pairs decide nothing. Further seeds: those that would decide it with a "
         "probability of 80 %, were difference and spread as measured. Runs that diverged or failed count as the worst."
     )
+    if sweep.limits:
+        note += f" At an equal budget of {sweep.axis}: {budget_text(sweep)}."
     formats = dict.fromkeys(("difference", "low", "high"), "{:+.3f}")
     return Table("verdicts", "Verdicts", note, pd.DataFrame(rows), formats)
 
@@ -177,13 +143,14 @@ def budgets(sweep: Sweep) -> Table:
         spent = {axis: cells[name].mean() for name, axis in axes.items()}
         overshoot = {"overshoot": cells["overshoot"].mean(), "largest overshoot": cells["overshoot"].max()}
         rows.append({"algorithm": variant, "model": setting, "n": len(cells), **spent, **overshoot})
-    limit = unit(sweep.axis, sweep.limit).text(sweep.limit)
+    axis, size = stopped_at(sweep.cells)
+    limit = unit(axis, size).text(size)
     note = (
-        f"Equal axis: {sweep.axis}, limit {limit}. Means over finished runs, to the last step; overshoot is a fraction "
+        f"Equal axis: {axis}, limit {limit}. Means over finished runs, to the last step; overshoot is a fraction "
         "of the limit, and what lies past the limit is not compared."
     )  # fmt: skip
     formats = {"overshoot": "{:.2%}", "largest overshoot": "{:.2%}", "device_seconds": "{:.1f}"}
-    formats |= dict.fromkeys(("tokens", "queries", "updates"), "{:,.0f}")
+    formats |= dict.fromkeys(("tokens", "queries", "updates"), "{:,.0f}") | {"flops": "{:.2e}"}
     return Table("budget", "Budget spent", note, pd.DataFrame(rows), formats)
 
 
@@ -268,6 +235,46 @@ def completion(sweep: Sweep) -> Table:
     return Table("completion", "Cells", "Every cell of the sweep, none left out.", frame, {"seed": "{:.0f}"})
 
 
+def completion_grid(sweep: Sweep) -> Table:
+    """Status of every cell, one line per algorithm and model, one column per seed, with the reasons in words."""
+    seeds = sorted({int(seed) for seed in sweep.cells["seed"].dropna()})
+    rows = []
+    for variant, setting, cells in sweep.groups(sweep.cells):
+        status = dict(zip(cells["seed"], cells["status"], strict=True))
+        by_seed = {f"seed {seed}": status.get(seed) for seed in seeds}
+        rows.append({"algorithm": variant, "model": setting, **by_seed, "reasons": _reasons(cells)})
+    note = "Every cell of the sweep, none left out. Done: it reached the budget's limit. A dash: it is not in the plan."
+    return Table("completion_grid", "Completion", note, pd.DataFrame(rows))
+
+
+def samples(sweep: Sweep) -> Table:
+    """A few completions of each variant's first run in each setting: at the first, middle and last evaluation point."""
+    columns = {"variant": "algorithm", "setting": "model", "fraction": "budget"}
+    columns |= {name: name for name in ("prompt", "completion", "answer", "reward")}
+    shown = []
+    for _, _, rows in sweep.groups(sweep.samples):
+        one = rows[rows["run"] == rows["run"].iloc[0]]
+        points = sorted(one["fraction"].unique())
+        over_training = {points[0], points[(len(points) - 1) // 2], points[-1]}
+        shown.append(one[one["fraction"].isin(over_training)].groupby("fraction").head(_SAMPLES))
+    frame = pd.concat(shown)[[*columns]].rename(columns=columns) if shown else pd.DataFrame()
+    note = (
+        f"The first {_SAMPLES} completions kept at the first, the middle and the last evaluation point of one run "
+        "each, as the model wrote them; neither chosen nor typical. Budget: the share that was spent by then."
+    )
+    return Table("samples", "Completions over training", note, frame, {"budget": "{:.0%}"})
+
+
+def _reasons(cells: pd.DataFrame) -> str:
+    """Of the cells of one line that have a reason; those that share it are named together."""
+    told = cells[cells["reason"].map(lambda reason: isinstance(reason, str) and bool(reason))]
+    parts = []
+    for (status, reason), alike in told.groupby(["status", "reason"], sort=False):
+        seeds = ", ".join(f"{seed:.0f}" for seed in alike["seed"])
+        parts.append(f"{status} (seed{'s' if len(alike) > 1 else ''} {seeds}): {reason}")
+    return "; ".join(parts)
+
+
 def _means_of_metrics(sweep: Sweep, names: dict[str, str]) -> pd.DataFrame:
     """Per (variant, setting): n, steps a run, and the mean of each metric; the first one with its interval."""
     first, *others = [name for name in names if name in sweep.runs] or [""]
@@ -290,23 +297,3 @@ def _columns(found: Estimate) -> dict[str, float]:
 def _score(row: Any) -> str:
     interval = f" [{row['low']:.3f},\N{NO-BREAK SPACE}{row['high']:.3f}]" if np.isfinite(row["low"]) else ""
     return f"{row['mean']:.3f}{interval} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']})"
-
-
-def _text(value: Any, template: str) -> str:
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, Integral):
-        return str(value)
-    if isinstance(value, Real):
-        number = float(value)
-        if np.isneginf(number):
-            return "diverged"
-        return "–" if np.isnan(number) else template.format(value)
-    return "–" if value is None or value == "" else str(value)
-
-
-def markdown_text(text: str) -> str:
-    """Text of a run's making (a reason, a name) as text in Markdown, and in the HTML that Markdown may hold."""
-    for mark, harmless in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        text = text.replace(mark, harmless)
-    return " ".join(text.split())

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from harness.analysis.decisions import (
     least_pairs,
     outcomes,
 )
-from harness.analysis.scores import Metric, counts, paired
+from harness.analysis.scores import Metric, counts, paired, pairs
 
 Outcome = Literal["better", "worse", "equivalent", "undecided", "too few"]
 _FEWEST = 3  # pairs whose spread says enough to plan with
@@ -78,16 +77,13 @@ def verdicts(
     """
     found = []
     for setting, here in rows.groupby("setting", sort=False):
-        present = [name for name in variants if name in set(here["variant"])]
-        pairs = list(combinations(present, 2))
-        if baseline is not None:
-            pairs = [(name, baseline) for name in present if name != baseline and baseline in present]
-        scores = [paired(here, first, second) for first, second in pairs]
+        compared = pairs(here, variants, baseline)
+        scores = [paired(here, first, second) for first, second in compared]
         tested = [differences(x, y) for x, y in scores]
         corrected = holm(np.array([one.p for one in tested]))
-        undecided = max(1, len(pairs) - int((corrected <= LEVEL).sum()))
-        least = least_pairs(len(pairs)) if pairs else 0
-        for (first, second), (x, _), one, p_holm in zip(pairs, scores, tested, corrected, strict=True):
+        undecided = max(1, len(compared) - int((corrected <= LEVEL).sum()))
+        least = least_pairs(len(compared)) if compared else 0
+        for (first, second), (x, _), one, p_holm in zip(compared, scores, tested, corrected, strict=True):
             about, n = counts(here[here["variant"].isin([first, second])]), len(x)
             outcome: Outcome = outcomes(one, p_holm, margin).item() if n >= least else "too few"
             verdict = Verdict(
@@ -102,7 +98,7 @@ def verdicts(
                 n=n,
                 p=float(one.p),
                 p_holm=float(p_holm),
-                comparisons=len(pairs),
+                comparisons=len(compared),
                 margin=margin,
                 least=least,
                 further_seeds=_further(outcome, one, n, undecided, margin, least),
@@ -124,8 +120,10 @@ def leaders(found: Sequence[Verdict]) -> dict[str, list[str]]:
     return result
 
 
-def headlines(found: Sequence[Verdict]) -> list[str]:
-    """One sentence per setting: who leads, as far as the runs tell."""
+def headlines(found: Sequence[Verdict], baseline: str | None = None) -> list[str]:
+    """One sentence per setting: who leads, as far as the runs tell, or how all compare with the baseline."""
+    if baseline is not None:
+        return [_against(here, baseline) for here in _by_setting(found).values()]
     return [_headline(here, leaders(here)[setting]) for setting, here in _by_setting(found).items()]
 
 
@@ -212,6 +210,17 @@ def _headline(here: Sequence[Verdict], leading: Sequence[str]) -> str:
     if all(verdict.outcome == "equivalent" for verdict in between):
         return f"{where}, {names} differ by less than {one.margin:g} on {one.metric}, and none scores higher."
     return f"{where}, which of {names} scores highest on {one.metric} is undecided."
+
+
+def _against(here: Sequence[Verdict], baseline: str) -> str:
+    """How the others compare with the baseline, which is the second of every pair."""
+    one = here[0]
+    words = {
+        "better": "scores higher", "worse": "scores lower", "equivalent": f"differs by less than {one.margin:g}",
+        "undecided": "is undecided", "too few": f"is not ranked (it takes {one.least} pairs of runs)",
+    }  # fmt: skip
+    said = [f"{verdict.first} {words[verdict.outcome]}" for verdict in here]
+    return f"On {one.setting}, against {baseline} on {one.metric}: {'; '.join(said)}."
 
 
 def _count(number: int, noun: str) -> str:

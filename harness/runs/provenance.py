@@ -2,16 +2,19 @@
 
 import hashlib
 import platform
-import subprocess
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from harness.machine import device_name, git_state, package_versions
+
 _PACKAGES = ("levelfield", "torch", "transformers", "hydra-core", "lm-eval", "numpy", "pandas", "reasoning-gym")
 # What launches, shows, draws and exports may change without making runs incomparable; all other code decides numbers.
-_NO_NUMBERS = ("conf", "analysis", "exporting", "runs", "sweep", "export.py", "report.py", "run.py", "status.py")
+_NO_NUMBERS = (
+    ("conf", "analysis", "benchmark", "exporting", "runs", "sweep")
+    + ("export.py", "machine.py", "report.py", "run.py", "status.py")
+)  # fmt: skip
 _HARNESS = Path(__file__).parents[1]
 
 
@@ -24,15 +27,15 @@ def provenance(device: str) -> dict[str, Any]:
     Returns:
         git_commit and git_dirty (None outside a clone), code, packages, python, platform and device (its model).
     """
-    commit, dirty = _git_state()
+    commit, dirty = git_state()
     return {
         "git_commit": commit,
         "git_dirty": dirty,
         "code": code_fingerprint(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": package_versions(_PACKAGES),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _device_name(device),
+        "device": device_name(device),
     }
 
 
@@ -54,45 +57,3 @@ def fingerprint(names: Iterable[str]) -> str:
 def _files(path: Path) -> list[Path]:
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [file for file in found if file.is_file() and file.suffix != ".pyc"]
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the clone that the harness runs from; None for a wheel, whatever surrounds it."""
-    try:
-        top = _git("rev-parse", "--show-toplevel")
-        # site-packages may lie inside a repository of the user's: only a clone has the package at its top, tracked.
-        if Path(top) != _HARNESS.parent or not _git("ls-files", "harness/__init__.py"):
-            return None, None
-        return _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain", "--", "harness", "conf"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-
-
-def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=_HARNESS.parent, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    return _processor()
-
-
-def _processor() -> str:
-    """The CPU's model name, which platform.processor() does not know on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,12 @@ def _from_name(name: str) -> dict[str, Any]:
 def _read_config(file: Path) -> dict[str, Any]:
     """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins."""
     try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
+        return _parse_config(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, YAMLError):  # a cell that is only now being set up
         return {}
+
+
+@lru_cache(maxsize=1024)  # every frame of a sweep reads its cells, and most of that time goes into this
+def _parse_config(text: str) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.create(text))
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from sklearn.model_selection import ParameterGrid, ParameterSampler
 
 from harness.config import AlgorithmConfig, RunConfig
 from harness.errors import ConfigError, Declined
@@ -49,6 +50,8 @@ def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
     Raises:
         ConfigError: where the search space holds too few.
     """
+    from sklearn.model_selection import ParameterGrid, ParameterSampler  # it takes a second to import
+
     space = {f"algorithm.{key}": values for key, values in algorithm.search_space.items()}
     size = len(ParameterGrid(space))
     if size < trials:
@@ -90,8 +93,9 @@ def _best(run: RunConfig) -> dict[str, Any]:
     folder = Path(run.results) / run.sweep / TRIALS
     mend = "run them first, with -m on the command line"
     who = f"{run.algorithm.name} on {run.model.name} and {run.task.name}"
+    changed = max((file.stat().st_mtime_ns for file in folder.glob("*/run.json")), default=0)
     try:
-        scores = trial_scores(folder)
+        scores = _scores(folder, changed)
     except NoRuns as error:
         raise ConfigError(f"tuning: there are no trials in {folder}: {mend}") from error
     mine = scores.query("algorithm == @run.algorithm.name and model == @run.model.name and task == @run.task.name")
@@ -106,6 +110,12 @@ def _best(run: RunConfig) -> dict[str, Any]:
         raise Declined(f"tuning: every trial of {who} in {folder} diverged, so that there is nothing to choose from")
     settings: Sequence[dict[str, Any]] = mine.loc[mine["trial"] == best["trial"].item(), "settings"].tolist()
     return settings[0]
+
+
+@lru_cache(maxsize=1)
+def _scores(folder: Path, changed: int) -> pd.DataFrame:
+    """Read once for all cells of a plan; `changed` tells a folder from what it was."""
+    return trial_scores(folder)
 
 
 def _with_settings(run: RunConfig, settings: dict[str, Any]) -> RunConfig:

@@ -93,6 +93,27 @@ def comparison(seeds: int = 3) -> list[Cell]:
     return cells
 
 
+def trial(algorithm: str, number: int, rate: float, seed: int = 1000, **how: Any) -> Cell:
+    """A trial that tries a learning rate."""
+    cell = Cell(algorithm, "tiny_dense", seed, learning_rate=rate, **how)
+    searched = {**cell.resolved["algorithm"], "search_space": {"optimizer.learning_rate": [rate]}}
+    cell.config = {"algorithm": searched, "tuning": {"trial": number}}
+    return cell
+
+
+ODD = {
+    "nothing has begun": [Cell("gspo", "tiny_moe", seed, status="planned", steps=0) for seed in range(3)],
+    "all are skipped": [Cell("gspo", "tiny_moe", 0, "skipped", "no", steps=0)],
+    "all failed at once": [Cell(name, "tiny_moe", seed, "failed", "no", steps=0) for name in "ab" for seed in range(3)],
+    "all failed later": [Cell(name, "tiny_moe", seed, "failed", "no", steps=20) for name in "ab" for seed in range(3)],
+    "one run": [Cell("gspo", "tiny_moe", 0)],
+    "one variant": [Cell("gspo", "tiny_moe", seed) for seed in range(4)],
+    "one seed": [Cell(name, "tiny_moe", 0) for name in "ab"],
+    "one finished": [Cell("a", "tiny_moe", 0), *(Cell("a", "tiny_moe", seed, "running", steps=20) for seed in (1, 2))],
+    "nothing in common": [Cell("a", "tiny_moe", 0), Cell("b", "tiny_dense", 1)],
+}
+
+
 def write_sweep(root: Path, cells: list[Cell]) -> Path:
     """Write the cells below `root` as a sweep folder."""
     root.mkdir(parents=True)

@@ -31,16 +31,16 @@ def legend_labels(figure: Figure) -> set[str]:
 
 def test_every_figure_is_there(drawings: dict[str, Drawing]) -> None:
     assert list(drawings) == [
-        "training_reward", "downstream_accuracy", "clip_fraction", "expert_change", "budget_by_phase",
-        "training_dynamics",
+        "training_reward", "downstream_accuracy", "pairwise", "equal_budget", "performance_profile", "scaling_fit",
+        "clip_fraction", "expert_change", "budget_by_phase", "training_dynamics",
     ]  # fmt: skip
 
 
 def test_captions_say_n_statistic_and_interval(drawings: dict[str, Drawing]) -> None:
     for name, drawing in drawings.items():
-        assert re.search(r"n\s=\s3|n stands beside", drawing.caption), name
-        assert "mean" in drawing.caption, name
-        assert "95 % bootstrap interval" in drawing.caption, name
+        assert re.search(r"n\s=\s[23]|n stands beside", drawing.caption), name
+        assert re.search("mean|share of runs", drawing.caption), name
+        assert re.search("95 % ([a-z]+ )?interval", drawing.caption), name
     assert "n\xa0=\xa02 for ppo on tiny_dense" in drawings["training_reward"].caption
 
 
@@ -63,6 +63,29 @@ def test_the_clip_fractions_mean_is_in_the_legend(sweep: Sweep, drawings: dict[s
 
 def test_replayed_choices_are_drawn_beside_the_native_ones(drawings: dict[str, Drawing]) -> None:
     assert "drawn too, for grpo_replay on tiny_moe, mean 0." in drawings["expert_change"].caption
+
+
+@pytest.mark.parametrize("name", ["training_reward", "downstream_accuracy", "clip_fraction", "expert_change"])
+def test_the_data_of_a_figure_are_the_points_that_it_draws(drawings: dict[str, Drawing], name: str) -> None:
+    drawing = drawings[name]
+    lines = [line for axes in drawing.figure.axes for line in axes.lines if len(line.get_xdata()) > 2]
+    drawn = sorted([round(float(x), 9) for x in line.get_xdata()] for line in lines)
+    data = drawing.data.groupby(["metric", "setting", "variant", "line"]).filter(lambda rows: len(rows) > 2)
+    groups = [rows for _, rows in data.groupby(["metric", "setting", "variant", "line"])]
+    assert drawn == sorted([round(x / 1e12, 9) for x in rows["x"]] for rows in groups)
+    heights = {round(float(y), 9) for line in lines for y in line.get_ydata() if y > 0}
+    assert heights == {round(y, 9) for y in data["y"] if y > 0 or name != "clip_fraction"} - {0.0}
+
+
+def test_data_say_what_each_point_is(drawings: dict[str, Drawing]) -> None:
+    data = drawings["training_reward"].data
+    mean = data.query("variant == 'gspo' and setting == 'tiny_dense'")
+    assert set(mean["line"]) == {"mean"} and set(mean["n"]) == {3} and (mean["low"] < mean["high"]).all()
+    alone = data.query("variant == 'ppo' and setting == 'tiny_dense'")
+    assert alone["line"].nunique() == 2 and set(alone["n"]) == {1} and alone["low"].isna().all()
+    assert set(data["metric"]) == {"reward/mean"} and set(data["axis"]) == {"flops"}
+    start = drawings["downstream_accuracy"].data.query("line == 'cold start' and metric == 'held_out'")
+    assert start["y"].tolist() == pytest.approx([0.551, 0.551], abs=1e-3)
 
 
 def test_no_mean_curve_goes_past_the_limit(drawings: dict[str, Drawing]) -> None:
@@ -109,7 +132,8 @@ def test_each_task_has_a_panel_of_its_own(misled: Sweep) -> None:
             tasks = {axes.get_title().replace("/", "\n").rpartition("\n")[2] for axes in drawing.figure.axes}
             assert tasks <= {"biased", "steps", ""}, drawing.name
             assert "biased" in tasks or drawing.name == "step_reward"
-            assert "steps" in tasks
+            # On steps there is no pair, since one of the two declined, and no fit that holds.
+            assert "steps" in tasks or drawing.name in ("pairwise", "scaling_fit")
     panels = ends(training_reward(misled))
     assert {title: len(lines) for title, lines in panels.items()} == {"tiny_dense\nbiased": 2, "tiny_dense\nsteps": 1}
 

@@ -117,6 +117,11 @@ def test_runs_that_are_all_equal_leave_no_doubt() -> None:
     assert trimmed_interval([np.full(4, 0.5)], INTERQUARTILE) == (0.5, 0.5, 0.5)
 
 
+def test_equal_runs_in_the_middle_of_others_leave_the_spread_unknown() -> None:
+    found = trimmed_interval([np.array([0.2, 0.5, 0.5, 0.9])], INTERQUARTILE)
+    assert found.value == 0.5 and np.isnan([found.low, found.high]).all()
+
+
 def test_two_runs_or_one_in_a_stratum_have_a_value_but_no_interval() -> None:
     for strata in ([np.array([0.2, 0.4])], [np.array([0.1, 0.2, 0.3]), np.array([0.6])]):
         found = trimmed_interval(strata, MEAN)

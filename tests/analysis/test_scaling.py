@@ -51,7 +51,7 @@ def test_the_intervals_over_seeds_cover_the_truth() -> None:
     ("runs", "why"),
     [
         (runs_of(TRUTH, 2, noise=0.0), "2 finished runs, where it takes 3"),
-        ([run[4::5] for run in runs_of(TRUTH, 5, noise=0.0)], "3 points of a run in the first half"),
+        ([run[4::5] for run in runs_of(TRUTH, 5, noise=0.0)], "points of a run in the first half: 3"),
         (runs_of(Sigmoid(1.5, np.log(0.9), np.log(0.8)), 5, noise=0.03), "wider than half of what the fit gains"),
     ],
 )

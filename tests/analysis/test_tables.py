@@ -1,20 +1,24 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 
 from harness.analysis.sweep import Sweep, read_sweep
+from harness.analysis.table import Table, markdown_text
 from harness.analysis.tables import (
-    Table,
     budgets,
     clip_fractions,
     completion,
+    completion_grid,
     expert_changes,
     final_scores,
     learning_rate_search,
     phases,
     rewards,
+    samples,
     score_overview,
 )
 from tests.analysis.synthetic import Cell, write_sweep
@@ -38,10 +42,16 @@ def test_final_scores_stand_beside_the_cold_start(sweep: Sweep) -> None:
 
 
 def test_two_finished_runs_have_no_interval_in_the_overview(sweep: Sweep) -> None:
-    found = row(score_overview(sweep), model="tiny_dense", evaluation="held_out")
-    assert found["ppo"].endswith("(n\xa0=\xa02)") and "[" not in found["ppo"]
-    assert "[" in found["grpo"]
-    assert found["grpo_replay"] == "–"
+    table = score_overview(sweep)
+    two, three = (row(table, model="tiny_dense", algorithm=name)["held_out"] for name in ("ppo", "grpo"))
+    assert two.endswith("(n\xa0=\xa02)") and "[" not in two
+    assert "[" in three
+
+
+def test_the_overview_begins_with_the_cold_start_and_leaves_no_algorithm_out(sweep: Sweep) -> None:
+    dense = [line for line in score_overview(sweep).rows if line[0] == "tiny_dense"]
+    assert [line[1] for line in dense] == ["cold start", *sweep.variants]
+    assert dense[0][2] == "0.551" and set(dense[3][2:]) == {"–"}  # replay was skipped
 
 
 def test_the_budget_table_shows_all_axes_and_the_overshoot(sweep: Sweep) -> None:
@@ -72,7 +82,7 @@ def test_clip_fractions_are_held_against_the_smallest_of_the_model(sweep: Sweep)
 def test_expert_change_is_only_of_models_with_experts(sweep: Sweep) -> None:
     table = expert_changes(sweep)
     assert set(table.frame["model"]) == {"tiny_moe"}
-    assert row(table, algorithm="grpo_replay")["used in update"] == 0
+    assert row(table, algorithm="grpo_replay")["used in its steps"] == 0
     assert row(table, algorithm="grpo_replay")["choices changed"] > 0.01
 
 
@@ -145,6 +155,42 @@ def test_a_learning_rate_with_runs_to_do_is_not_judged(tmp_path: Path) -> None:
 def test_text_cannot_break_out_of_a_markdown_table() -> None:
     table = Table("x", "X", "", pd.DataFrame({"reason": ["a | b\n<script>`rm`"]}))
     assert table.markdown().splitlines()[-1] == "| a \\| b &lt;script&gt;\\`rm\\` |"
+
+
+@pytest.mark.parametrize("text", ["![x](http://host/y.png)", "[x](http://host)", "*loud* ~gone~ $x$", "a\\*b"])
+def test_text_is_no_markup_of_markdowns_own(text: str) -> None:
+    shown = MarkdownIt("commonmark").enable("strikethrough").renderInline(markdown_text(text))
+    assert shown == text
+
+
+def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
+    frame = pd.DataFrame({"number": [1 / 3, -np.inf, np.nan], "text": ["a", None, "–"], "flag": [True, False, True]})
+    table = Table("x", "X", "", frame)
+    assert table.rows[0] == ["0.333", "a", "yes"]
+    assert table.sort_keys == [["0.3333333333333333", None, None], ["-Infinity", "", None], ["", "", None]]
+
+
+def test_the_grid_has_every_seed_and_every_reason(sweep: Sweep) -> None:
+    table = completion_grid(sweep)
+    assert len(table.frame) == 8 and table.header[2:5] == ["seed 0", "seed 1", "seed 2"]
+    failed = row(table, algorithm="ppo", model="tiny_dense")
+    assert failed["seed 1"] == "failed" and failed["seed 0"] == "done"
+    assert failed["reasons"] == "failed (seed 1): RuntimeError: <b>out of memory</b>"
+    skipped = row(table, algorithm="grpo_replay", model="tiny_dense")["reasons"]
+    assert skipped == "skipped (seeds 0, 1, 2): tiny_dense has no routers, so nothing to replay"
+
+
+def test_samples_are_of_the_first_the_middle_and_the_last_point(sweep: Sweep) -> None:
+    points = [0.0, 0.25, 0.5, 0.75, 1.0]
+    rows = [
+        {"run": run, "variant": "gspo", "setting": "tiny_moe", "fraction": point, "prompt": f"{point} {number}"}
+        for run in ("first", "second")
+        for point in points
+        for number in range(4)
+    ]
+    columns = ["run", "variant", "setting", "fraction", "prompt", "completion", "answer", "reward"]
+    frame = samples(replace(sweep, samples=pd.DataFrame(rows, columns=columns))).frame
+    assert frame["prompt"].tolist() == ["0.0 0", "0.0 1", "0.5 0", "0.5 1", "1.0 0", "1.0 1"]
 
 
 def test_the_csv_keeps_every_digit(tmp_path: Path) -> None:

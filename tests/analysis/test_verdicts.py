@@ -111,6 +111,16 @@ def test_against_a_baseline_only_its_pairs_are_compared() -> None:
     assert judge(ended("ppo", BASE), ended("grpo", CLEAR), baseline="absent") == []
 
 
+def test_against_a_baseline_nothing_is_said_of_the_others_among_themselves() -> None:
+    runs = [ended("base", BASE), ended("a", CLEAR), ended("b", CLEAR), ended("c", NEAR), ended("d", UNCLEAR)]
+    assert headlines(judge(*runs, baseline="base"), "base") == [
+        "On tiny, against base on held_out: a scores higher; b scores higher; c differs by less than 0.02; "
+        "d is undecided."
+    ]
+    (few,) = headlines(judge(ended("base", BASE[:2]), ended("a", CLEAR[:2]), baseline="base"), "base")
+    assert few == "On tiny, against base on held_out: a is not ranked (it takes 4 pairs of runs)."
+
+
 def test_runs_that_diverged_lose_and_are_named() -> None:
     broken = [replace(run, status="diverged") for run in ended("gspo", BASE)[:2]]
     waiting = Run("gspo", 6, [0.9], [10], status="running")

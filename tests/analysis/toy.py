@@ -1,7 +1,7 @@
 """A sweep of a few points, so that what is computed from it can be worked out by hand."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -44,13 +44,15 @@ def toy_sweep(runs: Sequence[Run]) -> Sweep:
             evaluations.append({**run.identity, "eval_task": "held_out", "score": score, **budget})
         for step, reward in enumerate(run.rewards, 1):
             metrics.append({**run.identity, "step": step, "reward/mean": reward, "budget/flops": float(step)})
+    steps = pd.DataFrame(metrics, columns=[*columns, "step", "reward/mean", "budget/flops"])
     return Sweep(
-        path=Path("toy"),
+        paths=[Path("toy")],
         name="toy",
         axis="flops",
         limit=10.0,
         cells=pd.DataFrame([run.identity for run in runs]),
-        runs=pd.DataFrame(metrics, columns=[*columns, "step", "reward/mean", "budget/flops"]),
+        runs=steps,
+        all_runs=steps,
         evaluations=pd.DataFrame(
             evaluations, columns=[*columns, "eval_task", "score", "budget/flops", "budget/tokens"]
         ),
@@ -58,3 +60,9 @@ def toy_sweep(runs: Sequence[Run]) -> Sweep:
         variants=list(dict.fromkeys(run.variant for run in runs)),
         settings=list(dict.fromkeys(run.setting for run in runs)),
     )
+
+
+def headlined(runs: Sequence[Run]) -> Sweep:
+    """A toy sweep whose headline metric is `held_out`, and which can be drawn."""
+    sweep = toy_sweep(runs)
+    return replace(sweep, metric="held_out", cells=sweep.cells.assign(algorithm=sweep.cells["variant"]))

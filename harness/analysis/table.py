@@ -1,0 +1,82 @@
+"""A table of the report: numbers as CSV, words as Markdown."""
+
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_ABSENT = "–"
+_HARMLESS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*~$"}})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A frame of numbers with what a reader must know about it.
+
+    `formats` maps columns to format strings for display; the CSV keeps every digit.
+    """
+
+    name: str
+    title: str
+    note: str
+    frame: pd.DataFrame
+    formats: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def header(self) -> list[str]:
+        """Column names."""
+        return [str(column) for column in self.frame]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells as they are displayed; a value that is absent is a dash."""
+        records = self.frame.to_dict("records")
+        return [[_text(record[name], self.formats.get(str(name), "{:.3g}")) for name in record] for record in records]
+
+    @property
+    def sort_keys(self) -> list[list[str | None]]:
+        """What cells sort by: a number's every digit as JavaScript reads them, "" where absent, None for text."""
+        return [list(map(_sort_key, record.values())) for record in self.frame.to_dict("records")]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [pd.api.types.is_numeric_dtype(self.frame[column]) for column in self.frame]
+
+    def markdown(self) -> str:
+        """A pipe table in which no cell's text acts as markup."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "".join(f"| {' | '.join(map(markdown_text, line))} |\n" for line in lines)
+
+    def save(self, folder: Path) -> None:
+        """Write NAME.csv and NAME.md."""
+        self.frame.to_csv(folder / f"{self.name}.csv", index=False, lineterminator="\n")
+        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\n{self.note}\n", encoding="utf-8")
+
+
+def markdown_text(text: str) -> str:
+    """Text of a run's making (a reason, a name) as text in Markdown, and in the HTML that Markdown may hold."""
+    return " ".join(text.translate(_HARMLESS).replace("](", "]\\(").split())
+
+
+def _text(value: Any, template: str) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
+        return str(value)
+    if isinstance(value, Real):
+        number = float(value)
+        if np.isinf(number):
+            return "not reached" if number > 0 else "diverged"
+        return _ABSENT if np.isnan(number) else template.format(value)
+    return _ABSENT if value is None or value == "" else str(value)
+
+
+def _sort_key(value: Any) -> str | None:
+    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+        number = float(value)
+        return "" if np.isnan(number) else str(number).replace("inf", "Infinity")
+    return "" if value in (None, "", _ABSENT) else None
