@@ -6,6 +6,7 @@ import yaml
 
 from harness.config import compose, conf_dir
 from harness.runs import load_cells, load_evaluations, load_runs
+from harness.runs.trials import best_trials, trial_scores
 
 _RESULTS = conf_dir().parent / "results"
 _ALGORITHMS = ("ppo", "grpo", "grpo_routing_replay", "gspo")
@@ -81,3 +82,17 @@ def test_all_runs_end_within_one_step_of_the_same_budget():
     last_step = runs.groupby("run")["budget/flops"].apply(lambda spent: spent.diff().max())
     for _, cell in done.iterrows():
         assert 0 <= cell["overshoot"] * cell["budget_limit"] <= last_step[cell["run"]]
+
+
+def test_the_tuned_comparison_is_all_there_and_was_tuned_alike():
+    cells, trials = load_cells(_RESULTS / "tuned"), trial_scores(_RESULTS / "tuned" / "trials")
+    assert len(cells) == 40 and cells["status"].value_counts().to_dict() == {"done": 35, "skipped": 5}
+    ran = trials[trials["status"] != "skipped"]
+    assert set(ran.groupby(["algorithm", "model"])["trial"].nunique()) == {5}
+    assert set(ran["seed"]) == {1000, 1001} and set(ran["seed"]).isdisjoint(cells["seed"])
+    best = best_trials(trials).merge(ran, on=["algorithm", "model", "task", "trial"])
+    chosen = {
+        (row.algorithm, row.model): row.settings["algorithm.optimizer.learning_rate"] for row in best.itertuples()
+    }
+    compared = cells[cells["status"] == "done"]
+    assert all(chosen[cell.algorithm, cell.model] == cell.learning_rate for cell in compared.itertuples())

@@ -169,6 +169,5 @@ def _escaped(value: Any) -> str:
 
 
 def _template(name: str, **options: Any) -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
-    return environment.get_template(name)
+    options |= {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), **options).get_template(name)

@@ -84,15 +84,16 @@ class ScalingFit:
 def scaling_fits(sweep: Sweep, metric: Metric, axis: str | None = None) -> list[ScalingFit]:
     """Fit every variant in every setting against a budget axis, by default the one that ended the runs.
 
-    Fitted are the unsmoothed points of the finished runs, up to the largest budget that all of a setting reached. There
-    is no fit, and `reason` says why, with fewer than three runs; where a run has fewer than four points in the first
-    half; where least squares does not converge on all runs, on their first half or on more than 5 % of the resampled
-    seeds; where the asymptote's interval is wider than half of what the fit gains; and where the first half predicts
-    the end with an error of more than 15 % of what was gained.
+    Fitted are the unsmoothed points of the finished runs, up to the limit that ended them, or on another axis to the
+    largest budget that all of a setting reached. There is no fit, and `reason` says why, with fewer than three runs;
+    where a run has fewer than four points in the first half; where least squares does not converge on all runs, on
+    their first half or on more than 5 % of the resampled seeds; where the asymptote's interval is wider than half of
+    what the fit gains; and where the first half predicts the end with an error of more than 15 % of what was gained.
     """
     rows = raw_histories(sweep, metric, axis or sweep.axis)
     rows = rows[rows["status"] == "done"]
-    limits = common_budget(rows)
+    # Where the axis ended the runs, all reached its limit, and evaluations lie at fractions of it.
+    limits = common_budget(rows) if axis else sweep.limits or dict.fromkeys(sweep.settings, sweep.limit)
     starts = rows.groupby("run").head(1).groupby("setting")["y"].mean()
     found = []
     for variant, setting, here in sweep.groups(rows):
@@ -114,6 +115,8 @@ def fit_runs(runs: Sequence[np.ndarray], limit: float, fit: ScalingFit) -> Scali
     fewest = min(int(((run[:, 0] > 0) & (run[:, 0] <= _FIRST)).sum()) for run in scaled)
     if fewest < MIN_POINTS:
         return replace(fit, reason=f"points of a run in the first half: {fewest}, where it takes {MIN_POINTS}")
+    if not len(late):
+        return replace(fit, reason="no run has a point in the last tenth of the budget")
     guess = Sigmoid(float(late[:, 1].mean()), float(np.log(0.3)), 0.0)
     whole = _fit(points, fit.start, guess)
     half = _fit(early, fit.start, whole or guess)
