@@ -166,7 +166,7 @@ def test_provenance_does_not_claim_the_repository_that_an_installed_package_lies
     package = tmp_path / "site-packages" / "harness"
     package.mkdir(parents=True)
     source = __import__("harness").__path__[0]
-    for name in ("__init__.py", "errors.py"):
+    for name in ("__init__.py", "errors.py", "machine.py"):
         (package / name).write_text(open(f"{source}/{name}").read())
     (package / "runs").mkdir()
     (package / "runs" / "provenance.py").write_text(open(f"{source}/runs/provenance.py").read())
