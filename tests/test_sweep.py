@@ -21,22 +21,10 @@ from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
+from tests.tiny_run import PLAIN
 
 _ROOT = Path(__file__).parents[1]
-# A cell of two steps on a model that has hardly been started.
-_TINY = [
-    "model.cold_start.steps=2",
-    "model.cold_start.batch_size=4",
-    "rollout.completions_per_batch=16",
-    "task.max_completion_tokens=8",
-    "algorithm.minibatches=4",
-    "budget.axis=updates",
-    "budget.limits.updates=8",
-    "evaluation.tasks=[chain_sum_held_out]",
-    "evaluation.fractions=[1.0]",
-    "evaluation.limit=2",
-    "checkpoint_every=1",
-]
+_TINY = [*PLAIN, "evaluation.fractions=[1.0]", "checkpoint_every=1"]
 # A part that looks into the working directory for what to do to the run that calls it.
 _MISCHIEF = """
 import os, signal, time

@@ -17,23 +17,11 @@ from harness.runs.directory import RunDirectory
 from harness.runs.trials import best_trials, trial_scores
 from harness.sweep.tuning import draw
 from tests.analysis import synthetic
+from tests.tiny_run import PLAIN
 
 _ROOT = Path(__file__).parents[1]
 _RATES = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
-# Runs of two steps on a model that has hardly been started, with two trials of each algorithm.
-_TINY = [
-    "model.cold_start.steps=2",
-    "model.cold_start.batch_size=4",
-    "rollout.completions_per_batch=16",
-    "task.max_completion_tokens=8",
-    "algorithm.minibatches=4",
-    "budget.axis=updates",
-    "budget.limits.updates=8",
-    "evaluation.tasks=[chain_sum_held_out]",
-    "evaluation.limit=2",
-    "tuning.trials=2",
-    'tuning.overrides=["seed=1000","evaluation.fractions=[1.0]"]',
-]
+_TWO_TRIALS = ["tuning.trials=2", 'tuning.overrides=["seed=1000","evaluation.fractions=[1.0]"]']
 
 
 def _trials(folder, scores, seeds=(1000,)):
@@ -137,7 +125,7 @@ def test_without_trials_the_comparison_says_how_to_make_them(tmp_path):
 def test_one_command_runs_the_trials_and_then_the_comparison_on_their_best(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "LEVELFIELD_CACHE": str(tmp_path / "cache")}
     cells = ["seed=0", "algorithm=gspo,grpo_routing_replay", "model=tiny_dense"]
-    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cells, *_TINY]
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cells, *PLAIN, *_TWO_TRIALS]
 
     def tune():
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

@@ -35,6 +35,19 @@ TINY = [
     "checkpoint_every=1",
 ]
 
+# Two steps on such a model with nothing of this module's, for runs in processes of their own.
+PLAIN = [
+    "model.cold_start.steps=2",
+    "model.cold_start.batch_size=4",
+    "rollout.completions_per_batch=16",
+    "task.max_completion_tokens=8",
+    "algorithm.minibatches=4",
+    "budget.axis=updates",
+    "budget.limits.updates=8",
+    "evaluation.tasks=[chain_sum_held_out]",
+    "evaluation.limit=2",
+]
+
 # An untrained model never answers right, so that no algorithm would learn anything; digits it does write.
 VERIFIERS["digits"] = lambda completion, problem: sum(map(str.isdigit, completion)) / 12
 
