@@ -381,8 +381,8 @@ def test_every_algorithm_declares_as_many_tuning_trials():
     ("trials", "equal", "detail"),
     [
         ({"gspo": 2, "ppo": 2}, True, "2 trials of each algorithm on each model, seeds 1000"),
-        ({"gspo": 2, "ppo": 1}, False, "trials of gspo on tiny_dense 2, ppo on tiny_dense 1"),
-        ({"gspo": 2}, False, "trials of gspo on tiny_dense 2; none of ppo on tiny_dense"),
+        ({"gspo": 2, "ppo": 1}, False, "not tuned alike: trials of gspo on tiny_dense 2, ppo on tiny_dense 1"),
+        ({"gspo": 2}, False, "not tuned alike: trials of gspo on tiny_dense 2; none of ppo on tiny_dense"),
         ({}, False, "not tuned in this sweep"),
     ],
 )

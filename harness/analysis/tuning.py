@@ -133,9 +133,9 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     missing = sorted(" on ".join(pair) for pair in expected - set(trials.index))
     counts = ", ".join(f"{' on '.join(pair)} {count}" for pair, count in zip(trials.index, trials, strict=True))
     if missing:
-        return False, f"trials of {counts}; none of {', '.join(missing)}"
+        return False, f"not tuned alike: trials of {counts}; none of {', '.join(missing)}"
     if trials.nunique() > 1 or any(own != seeds[0] for own in seeds):
-        return False, f"trials of {counts}"
+        return False, f"not tuned alike: trials of {counts}"
     axis = f"spent/{sweep.axis}"
     spent = unit(sweep.axis, runs[axis].max()).text(runs[axis].mean())
     return True, (
@@ -147,7 +147,7 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
 def tuning_sentence(sweep: Sweep) -> str:
     """For the reader of a verdict: how the settings came about that it compares."""
     alike, how = tuning_summary(sweep)
-    return f"Tuned alike: {how}." if alike else f"Not equally tuned: {how}."
+    return f"Tuned alike: {how}." if alike else f"{how[0].upper()}{how[1:]}."
 
 
 def _with_choice(runs: pd.DataFrame) -> pd.DataFrame:
