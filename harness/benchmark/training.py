@@ -1,0 +1,78 @@
+"""The harness's own trainer as a side of a comparison: a GRPO run on an embedded model."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from harness.benchmark.sizes import NO_TOKEN, Sizes
+from harness.cell import prepare
+from harness.config import RunConfig, compose
+from harness.runs.loggers import open_loggers
+from harness.torch_setup import set_up_torch
+from harness.trainer import Trainer
+
+MODELS = ("tiny_dense", "tiny_moe")
+LENGTHS = ("fixed", "natural")
+MINIBATCHES = 4  # optimizer steps of a rollout batch
+
+
+def run_config(model: str, sizes: Sizes, *overrides: str) -> RunConfig:
+    """GRPO with four optimizer steps a rollout batch, each of one micro-batch, and no end in sight."""
+    return compose(
+        [
+            "algorithm=grpo",
+            f"model={model}",
+            *sizes.overrides,
+            f"rollout.completions_per_batch={sizes.completions}",
+            f"algorithm.minibatches={MINIBATCHES}",
+            f"model.micro_batch_sequences={sizes.completions // MINIBATCHES}",
+            # So small that the policy, and with it the length of its completions, stays where it is.
+            "algorithm.optimizer.learning_rate=1e-12",
+            "budget.axis=updates",
+            "budget.limits.updates=1e9",
+            "evaluation.fractions=[]",
+            "checkpoint_every=1000000",
+            "device=cpu",
+            *overrides,
+        ]
+    )
+
+
+class WholeSteps:
+    """Steps of the trainer as a run has them: rollout, reward, old log-probabilities, update and all bookkeeping."""
+
+    def __init__(self, model: str, lengths: str, sizes: Sizes, overrides: Sequence[str] = ()) -> None:
+        self.sizes = sizes
+        self.folder = tempfile.TemporaryDirectory()  # gone with this object
+        config = run_config(model, sizes, f"results={self.folder.name}", *overrides)
+        set_up_torch(config.threads)
+        directory = prepare(config)
+        self.trainer = Trainer(config, directory)
+        self.trainer.resume()
+        self.loggers = ExitStack()
+        self.trainer.log = self.loggers.enter_context(open_loggers(config, directory, steps=0))
+        if lengths == "fixed":
+            self.trainer.engine.eos = NO_TOKEN
+        self.trainer.step()
+
+    def __call__(self) -> dict[str, float]:
+        """Rates, and the share of each phase in the time of the steps."""
+        before = self.trainer.meter.summary()
+        started = time.perf_counter()
+        for _ in range(self.sizes.batches):
+            self.trainer.step()
+        seconds = time.perf_counter() - started
+        after = self.trainer.meter.summary()
+        tokens = after["spent"]["tokens"] - before["spent"]["tokens"]
+        phases = {
+            phase: {unit: amount - before["phases"][phase][unit] for unit, amount in cost.items()}
+            for phase, cost in after["phases"].items()
+        }
+        return {
+            "seconds": seconds,
+            "tokens/s": tokens / seconds,
+            "tokens a completion": tokens / (self.sizes.batches * self.sizes.completions),
+            "update FLOP/s": phases["update"]["flops"] / phases["update"]["seconds"],
+            **{f"{phase} share": cost["seconds"] / seconds for phase, cost in phases.items()},
+        }

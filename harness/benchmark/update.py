@@ -1,0 +1,48 @@
+"""The update phase against the matrix-product peak of its core."""
+
+from harness.benchmark.measure import interleave
+from harness.benchmark.peaks import matrix_peak
+from harness.benchmark.sizes import Sizes
+from harness.benchmark.table import Cell, Options, Table, at_least
+from harness.benchmark.training import LENGTHS, MODELS, WholeSteps
+from harness.benchmark.worker import workers
+
+GOALS = {"tiny_dense": 0.5}
+_TEXT = (
+    "Model FLOPs of the update phase (harness/policy/flops.py: padding costs none) over its seconds, on one core in "
+    "float32, against the best float32 matrix product (torch.mm of square matrices up to {matrix}) on the same core, "
+    "measured in turn in the same process."
+)
+
+
+class UpdateAndPeak:
+    """FLOPs a second of the update phase, then of matrix products."""
+
+    def __init__(self, model: str, lengths: str, sizes: Sizes) -> None:
+        self.steps, self.sizes = WholeSteps(model, lengths, sizes), sizes
+
+    def __call__(self) -> dict[str, float]:
+        return {"update": self.steps()["update FLOP/s"], "peak": matrix_peak(self.sizes.matrix)}
+
+
+def tables(options: Options) -> list[Table]:
+    """Both models, fixed and natural lengths."""
+    rows = [compare(model, lengths, options) for model in MODELS for lengths in LENGTHS]
+    return [Table("Update against the matrix-product peak", _TEXT.format(matrix=options.sizes.matrix), rows)]
+
+
+def compare(model: str, lengths: str, options: Options) -> dict[str, Cell]:
+    """The row of one model and kind of lengths."""
+    settings = {"model": model, "lengths": lengths, "sizes": options.sizes}
+    with workers({"ours": (UpdateAndPeak, settings)}) as sides:
+        measured = interleave(sides, options.repetitions)["ours"]
+    share = measured["update"] / measured["peak"]
+    goal = at_least(share, GOALS[model]) if model in GOALS else {"goal": None, "reached": None}
+    return {
+        "model": model,
+        "lengths": lengths,
+        "update, GFLOP/s": measured["update"] * 1e-9,
+        "peak, GFLOP/s": measured["peak"] * 1e-9,
+        "share": share,
+        **goal,
+    }
