@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from harness.benchmark.measure import Spread, interleave
 from harness.benchmark.sizes import NO_TOKEN, Sizes
-from harness.benchmark.table import Cell, Options, Table, at_least
+from harness.benchmark.table import Cell, Options, Table, tokens_row
 from harness.benchmark.training import LENGTHS, MODELS, run_config
 from harness.benchmark.worker import workers
 from harness.policy.loading import load_policy
@@ -111,18 +111,8 @@ def compare(model: str, lengths: str, options: Options) -> list[dict[str, Cell]]
 
 
 def _row(model: str, lengths: str, name: str, ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, Cell]:
-    ratio = ours["tokens/s"] / theirs["tokens/s"]
-    return {
-        "model": model,
-        "lengths": lengths,
-        "generate": name,
-        "ours, tokens/s": ours["tokens/s"],
-        "generate, tokens/s": theirs["tokens/s"],
-        "ratio": ratio,
-        **at_least(ratio, GOALS[lengths]),
-        "ours, tokens a completion": ours["tokens a completion"].median,
-        "generate, tokens a completion": theirs["tokens a completion"].median,
-    }
+    where = {"model": model, "lengths": lengths, "generate": name}
+    return {**where, **tokens_row(ours, theirs, "generate", GOALS[lengths])}
 
 
 def _rates(tokens: float, completions: int, seconds: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from harness.benchmark.measure import Spread, interleave
-from harness.benchmark.table import Cell, Options, Table, at_least
+from harness.benchmark.table import Cell, Options, Table, tokens_row
 from harness.benchmark.training import LENGTHS, MODELS, WholeSteps
 from harness.benchmark.worker import workers
 from harness.errors import ConfigError
@@ -47,16 +47,10 @@ def compare(model: str, lengths: str, options: Options) -> list[dict[str, Cell]]
 
 
 def _row(model: str, lengths: str, where: str, ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, Cell]:
-    ratio = ours["tokens/s"] / theirs["tokens/s"]
     return {
         "model": model,
         "lengths": lengths,
         "old log-probabilities": where,
-        "ours, tokens/s": ours["tokens/s"],
-        "TRL, tokens/s": theirs["tokens/s"],
-        "ratio": ratio,
-        **at_least(ratio, GOALS[lengths]),
-        "ours, tokens a completion": ours["tokens a completion"].median,
-        "TRL, tokens a completion": theirs["tokens a completion"].median,
+        **tokens_row(ours, theirs, "TRL", GOALS[lengths]),
         **{f"{phase} share": ours[f"{phase} share"].median for phase in ("rollout", "old_logprobs", "update")},
     }

@@ -42,6 +42,24 @@ def at_most(value: Spread, bound: float) -> dict[str, Cell]:
     return {"goal": f"at most {_number(bound)}", "reached": _yes(value.median <= bound)}
 
 
+def tokens_row(ours: Mapping[str, Spread], theirs: Mapping[str, Spread], name: str, goal: float) -> dict[str, Cell]:
+    """The columns that hold completion tokens a second of two sides, and the ratio against its goal.
+
+    Args:
+        ours, theirs: of both `tokens/s` and `tokens a completion`, whose equality shows that the work was the same.
+        name: of the other side.
+    """
+    ratio = ours["tokens/s"] / theirs["tokens/s"]
+    return {
+        "ours, tokens/s": ours["tokens/s"],
+        f"{name}, tokens/s": theirs["tokens/s"],
+        "ratio": ratio,
+        **at_least(ratio, goal),
+        "ours, tokens a completion": ours["tokens a completion"].median,
+        f"{name}, tokens a completion": theirs["tokens a completion"].median,
+    }
+
+
 def write(folder: Path, name: str, tables: Sequence[Table], machine: Mapping[str, Any], options: Options) -> str:
     """Write NAME.json and NAME.md; returns the latter's text."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from harness.analysis.evidence_tables import (
@@ -17,7 +16,7 @@ from harness.analysis.scaling import Sigmoid
 from harness.analysis.sweep import Sweep, read_sweep
 from harness.analysis.table import Table
 from tests.analysis.synthetic import ODD, write_sweep
-from tests.analysis.toy import Run, headlined
+from tests.analysis.toy import Run, headlined, row
 
 ENDS = {"a": [0.80, 0.82, 0.78, 0.81, 0.84], "b": [0.60, 0.62, 0.58, 0.66, 0.64]}
 
@@ -29,14 +28,6 @@ def known() -> Sweep:
     runs += [Run("b", seed, [0.2, 0.55, end]) for seed, end in enumerate(ENDS["b"])]
     runs += [Run("c", 0, [0.2, 0.3, 0.4]), Run("c", 1, [0.1], status="diverged"), Run("c", 2, status="running")]
     return headlined(runs)
-
-
-def row(table: Table, **where: str) -> pd.Series:
-    frame = table.frame
-    for column, value in where.items():
-        frame = frame[frame[column] == value]
-    assert len(frame) == 1
-    return frame.iloc[0]
 
 
 def shown(table: Table, **where: str) -> dict[str, str]:

@@ -22,14 +22,7 @@ from harness.analysis.tables import (
     score_overview,
 )
 from tests.analysis.synthetic import Cell, write_sweep
-
-
-def row(table: Table, **where: str) -> pd.Series:
-    frame = table.frame
-    for column, value in where.items():
-        frame = frame[frame[column] == value]
-    assert len(frame) == 1
-    return frame.iloc[0]
+from tests.analysis.toy import row
 
 
 def test_final_scores_stand_beside_the_cold_start(sweep: Sweep) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness.analysis.sweep import Sweep
+from harness.analysis.table import Table
 
 
 @dataclass
@@ -66,3 +67,12 @@ def headlined(runs: Sequence[Run]) -> Sweep:
     """A toy sweep whose headline metric is `held_out`, and which can be drawn."""
     sweep = toy_sweep(runs)
     return replace(sweep, metric="held_out", cells=sweep.cells.assign(algorithm=sweep.cells["variant"]))
+
+
+def row(table: Table, **where: str) -> pd.Series:
+    """The only row of a table with these values."""
+    frame = table.frame
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
