@@ -17,7 +17,7 @@ from harness.analysis.sweep import Sweep, columns_of
 # Paul Tol's light scheme: safe for colour-blind readers, and unlike the colours of the algorithms.
 _COLORS = ("#77AADD", "#BBCC33", "#EEDD88", "#FFAABB", "#EE8866", "#44BB99", "#99DDFF", "#AAAAAA")
 _COSTS = {"flops": "flops", "seconds": "device_seconds"}  # cost of a phase -> the budget axis that it adds up to
-_SMALLEST_LABEL = 0.055
+_SMALLEST_LABEL = 0.065  # of the axis
 
 
 def budget_by_phase(sweep: Sweep) -> Drawing | None:
@@ -34,15 +34,17 @@ def budget_by_phase(sweep: Sweep) -> Drawing | None:
     for column, cost in enumerate(costs):
         of_cost = table[table["cost"] == cost]
         measure = unit(_COSTS[cost], float(of_cost["total"].max()))
+        widest = float(of_cost[["total", "high"]].max(axis=None)) / measure.scale
         for row, setting in enumerate(settings):
             records = of_cost[of_cost["setting"] == setting].to_dict("records")
-            _bars(axes[row, column], records, colors, measure.scale)
+            _bars(axes[row, column], records, colors, measure.scale, widest)
             axes[row, column].set_title(setting)
         axes[-1, column].set_xlabel(measure.label)
     handles = [Patch(color=color, label=phase.replace("_", " ")) for phase, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), handlelength=1.2)
     caption = (
-        "What a run spent by phase, to its last step, mean over finished runs; inside a bar the share of its total. "
+        "What a run spent by phase, to its last step, mean over finished runs; inside a bar the share of its total, "
+        "where there is room. "
         f"n stands beside each bar. Black: 95 % bootstrap interval of the total over seeds ({RESAMPLES:,} resamples), "
         "where n is 3 or more. Evaluation, checkpoints, logging and start-up are not charged."
     )
@@ -66,21 +68,22 @@ def phase_costs(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _bars(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, str], scale: float) -> None:
-    """One bar per variant; `rows` are those of :func:`phase_costs` for one panel."""
+def _bars(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, str], scale: float, widest: float) -> None:
+    """One bar per variant; `rows` are those of :func:`phase_costs` for one panel, `widest` what its axis holds."""
     variants = {row["variant"]: row for row in rows}
     for place, (variant, any_row) in enumerate(variants.items()):
         own, left = {row["phase"]: row for row in rows if row["variant"] == variant}, 0.0
         for phase in (phase for phase in colors if phase in own):
             width = own[phase]["mean"] / scale
             axes.barh(place, width, left=left, height=0.68, color=colors[phase], edgecolor="white")
-            if own[phase]["share"] >= _SMALLEST_LABEL:
+            if width >= _SMALLEST_LABEL * widest:
                 text = f"{own[phase]['share']:.0%}"
                 axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=7.5, color="#222222")
             left += width
         if np.isfinite(any_row["low"]):
             ends = [any_row["low"] / scale, any_row["high"] / scale]
-            axes.plot(ends, [place, place], color="black", linewidth=1.4, solid_capstyle="butt")
+            below = place + 0.28  # the shares
+            axes.plot(ends, [below, below], color="black", linewidth=1.4, solid_capstyle="butt")
     axes.set_yticks(range(len(variants)), [f"{variant} (n = {row['n']})" for variant, row in variants.items()])
     axes.set_ylim(len(variants) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
