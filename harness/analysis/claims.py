@@ -78,7 +78,10 @@ class Finding:
             for result in self.given
             if result.outcome in ("not supported", "undecided")
         ]
-        return "; ".join(dict.fromkeys(failing or missing or (result.measured for result in self.results)))
+        known = [result.measured for result in self.results if result.outcome != "not tested here"]
+        if failing:
+            return "; ".join(dict.fromkeys([*failing, *(f"all the same {measured}" for measured in known)]))
+        return "; ".join(dict.fromkeys(missing or known))
 
 
 def load_claims(folder: Path | None = None) -> list[Claim]:

@@ -225,6 +225,7 @@ def result(outcome: str) -> Result:
 
 
 SUPPORTED, REFUTED, OPEN, UNTESTED = map(result, ("supported", "not supported", "undecided", "not tested here"))
+_FAILING = "what is given is not supported: measured not supported"
 ANY = Claim("It is so", "a paper", "all", (), (Hypothesis("level", ("a",), FINAL, 0.1, None),))
 
 
@@ -236,7 +237,12 @@ ANY = Claim("It is so", "a paper", "all", (), (Hypothesis("level", ("a",), FINAL
         ([], [OPEN, REFUTED], "not supported", "measured undecided; measured not supported"),
         ([], [REFUTED, UNTESTED], "not tested here", "measured not tested here"),
         ([SUPPORTED], [REFUTED], "not supported", "measured not supported"),
-        ([REFUTED], [SUPPORTED], "not tested here", "what is given is not supported: measured not supported"),
+        (
+            [REFUTED],
+            [SUPPORTED],
+            "not tested here",
+            f"{_FAILING}; all the same measured supported",
+        ),
         ([OPEN], [UNTESTED], "not tested here", "what is given is undecided: measured undecided"),
         ([UNTESTED], [SUPPORTED], "not tested here", "measured not tested here"),
     ],
