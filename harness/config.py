@@ -134,6 +134,7 @@ class ModelConfig:
     architecture: dict[str, Any] | None
     cold_start: ColdStartConfig | None
     experts_implementation: str | None
+    activation_checkpointing: bool
     micro_batch_sequences: int
 
 

@@ -13,7 +13,9 @@ from harness.budget import Meter
 from harness.config import RunConfig
 from harness.policy.critic import Critic
 from harness.policy.flops import ForwardCost
+from harness.policy.loading import decoder
 from harness.policy.logprobs import completion_logprobs
+from harness.policy.packing import Packing
 from harness.policy.routing import Routing, padding_routes
 from harness.reward import Rewards
 from harness.rollout.batch import Batch
@@ -68,11 +70,14 @@ class Judge:
         recording = self.meter.paused if self.config.algorithm.routing_replay == "disabled" else nullcontext
 
         def forward(micro: Batch) -> Tensor:
-            routing.replay = micro.routes
+            packing = Packing(decoder(self.policy), micro)
+            routing.replay = None if micro.routes is None else packing.in_one(micro.routes)
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
             if routing.layers and micro.routes is None:
                 with recording():
-                    recorded.append(routing.choices(len(micro.mask)))
+                    choices = routing.choices()
+                    rows, length = packing.shape
+                    recorded.append(packing.in_rows(choices, padding_routes(rows, length, like=choices)))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():

@@ -13,7 +13,7 @@ from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
 from harness.judging import Judge
 from harness.policy.critic import Critic
-from harness.policy.flops import BACKWARD, active_parameters, critic_cost, policy_cost
+from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
 from harness.policy.loading import load_policy, weights_hash
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import check_routing, expert_layers
@@ -177,11 +177,10 @@ class Trainer:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
         metrics = Metrics()
-        passes = self.algorithm.epochs * (1 + BACKWARD)
         with self.meter.phase("update"):
             self.policy_updater.update(batch, targets, self._generator("minibatches"), metrics)
         recomputed = self.policy_cost.head * self.policy_updater.recomputed
-        self.meter.charge_flops("update", passes * self.policy_cost.batch(batch) + recomputed)
+        self.meter.charge_flops("update", self._update_flops(self.policy_cost, batch) + recomputed)
         self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
         extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
         if self.critic_updater and self.critic_cost:
@@ -191,10 +190,15 @@ class Trainer:
             )
             with self.meter.phase("critic"):
                 self.critic_updater.update(batch, targets, self._generator("minibatches"), metrics)
-            self.meter.charge_flops("critic", passes * self.critic_cost.batch(batch))
+            self.meter.charge_flops("critic", self._update_flops(self.critic_cost, batch))
         if targets.routes is not None:
             self.policy_updater.probe_expert_changes(batch, targets.routes, metrics)
         return metrics.compute() | extra
+
+    def _update_flops(self, cost: ForwardCost, batch: Batch) -> float:
+        """Forward and backward passes over the batch; layers once more where their activations are not kept."""
+        again = cost.full(batch.lengths, 0) if self.config.model.activation_checkpointing else 0.0
+        return self.algorithm.epochs * ((1 + BACKWARD) * cost.batch(batch) + again)
 
     def _batch_metrics(self, batch: Batch, rewards: Rewards) -> dict[str, float]:
         """Of all that was sampled, chosen to learn from or not."""

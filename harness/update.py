@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,9 @@ from harness.algorithms.value import value_loss
 from harness.config import OptimizerConfig, RunConfig
 from harness.errors import Diverged
 from harness.policy.critic import Critic
+from harness.policy.loading import decoder
 from harness.policy.logprobs import completion_logprobs, recomputes
+from harness.policy.packing import Packing
 from harness.policy.routing import Routing, changes
 from harness.rollout.batch import Batch
 
@@ -44,6 +46,19 @@ class Targets:
             if field.name != "routes" and (tensor := getattr(self, field.name)) is not None
         }
         return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
+
+
+@contextmanager
+def recomputing(network: nn.Module) -> Iterator[None]:
+    """Let the layers that were prepared for it keep no activations, as they do in training mode; dropout stays off."""
+    layers = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 class Updater(ABC):
@@ -77,11 +92,12 @@ class Updater(ABC):
         Raises:
             Diverged: for a loss or gradient that is not finite, before it reaches the weights.
         """
-        for _ in range(self.config.algorithm.epochs):
-            order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
-            for rows in order.chunk(self.config.algorithm.minibatches):
-                loss = self.backward(batch, targets, rows, metrics)
-                self._step(loss, metrics)
+        with recomputing(self.network):
+            for _ in range(self.config.algorithm.epochs):
+                order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+                for rows in order.chunk(self.config.algorithm.minibatches):
+                    loss = self.backward(batch, targets, rows, metrics)
+                    self._step(loss, metrics)
 
     @abstractmethod
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
@@ -188,7 +204,9 @@ class PolicyUpdater(Updater):
         assert targets.weights is not None and targets.selected is not None
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
-        routing = Routing(self.policy, None if algorithm.routing_replay == "disabled" else targets.routes)
+        routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
+        if algorithm.routing_replay != "disabled" and targets.routes is not None:
+            routing.replay = packing.in_one(targets.routes)
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
             logprobs, entropy = completion_logprobs(self.policy, micro, temperature, entropy_gradient=bonus > 0)
             loss, loss_metrics = weighted_policy_loss(
@@ -207,8 +225,9 @@ class PolicyUpdater(Updater):
             # The batch's first step still has the old policy's weights: it would only measure rounding.
             if targets.routes is not None and self.updates % (algorithm.epochs * algorithm.minibatches):
                 with self.uncharged():
-                    _expert_changes(routing.native, micro, targets.routes, metrics, ("expert", "token"))
-                    _expert_changes(routing.used, micro, targets.routes, metrics, ("used_expert",))
+                    old = targets.routes[micro.positions()]
+                    _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
+                    _expert_changes(routing.used, packing, old, metrics, ("used_expert",))
             loss.backward()
         tokens_here = int(micro.completion_lengths.sum())
         if recomputes(self.policy.get_output_embeddings(), tokens_here):
@@ -229,18 +248,19 @@ class PolicyUpdater(Updater):
             routing = Routing(self.policy)
             with routing.watch():
                 completion_logprobs(self.policy, micro, self.config.rollout.temperature)
-            old = routes[micro_rows, : micro.input_ids.shape[1]]
-            _expert_changes(routing.native, micro, old, metrics, ("expert", "token"))
-            _expert_changes(routing.native, micro, old, metrics, ("update_expert", "update_token"))
+            old, packing = routes[micro_rows][micro.positions()], Packing(decoder(self.policy), micro)
+            _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
+            _expert_changes(routing.native, packing, old, metrics, ("update_expert", "update_token"))
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same
-                _expert_changes(routing.native, micro, old, metrics, ("used_expert",))
+                _expert_changes(routing.native, packing, old, metrics, ("used_expert",))
 
 
-def _expert_changes(new: list[Tensor], micro: Batch, routes: Tensor, metrics: Metrics, names: tuple[str, ...]) -> None:
-    """Compare choices at the positions that completion tokens are predicted from; the second name counts tokens."""
-    positions = micro.positions()
-    old = routes[positions]
-    now = [layer.reshape(*routes.shape[:2], -1)[positions] for layer in new]
-    counts = zip(names, changes(now, old), (old.numel(), len(old)), strict=False)
+def _expert_changes(
+    layers: list[Tensor], packing: Packing, old: Tensor, metrics: Metrics, names: tuple[str, ...]
+) -> None:
+    """Compare choices, a tensor for each layer, with the old [M, layers, k] ones of the tokens that completion tokens
+    are predicted from; the second name counts tokens."""
+    new = torch.stack(layers, 1)[packing.completion]
+    counts = zip(names, changes(new, old), (old.numel(), len(old)), strict=False)
     for name, changed, count in counts:
         metrics.mean(f"moe/{name}_change_fraction", changed, float(count))

@@ -13,18 +13,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from harness.analysis.figures import all_figures
 from harness.analysis.page import write_report
 from harness.analysis.style import figure_style
 from harness.analysis.sweep import read_sweep
 from harness.cell import run_cell
-from harness.config import load
-from harness.errors import Diverged
+from harness.config import compose, load
+from harness.errors import ConfigError, Diverged
+from harness.policy.loading import load_policy
 from harness.runs import load_runs
 from harness.runs.directory import METRICS, RunDirectory
 from harness.trainer import Trainer
-from tests.tiny_run import TINY, lines, numbers, planned, run
+from tests.tiny_run import TINY, UPDATES, lines, numbers, planned, run
 
 _ROOT = Path(__file__).parents[1]
 _EVALUATED = ["evaluation.fractions=[0.0,0.5,1.0]"]
@@ -180,6 +185,36 @@ def test_micro_batches_change_no_result(results, cell):
         rows.append({key: value for key, value in row.items() if not key.startswith("mismatch/")})
     assert rows[1] == pytest.approx(rows[0], rel=1e-4, abs=1e-6)
     assert rows[2] == pytest.approx(rows[0], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", [["algorithm=ppo"], ["algorithm=grpo_routing_replay", "model=tiny_moe"]])
+def test_activations_computed_again_change_no_result_and_are_charged(results, cell, monkeypatch):
+    load_policy(compose([*TINY, *cell]).model, "cpu")  # the cold start, which is not counted
+    passes: list[bool] = []
+    norm = Qwen3MoeRMSNorm if "model=tiny_moe" in cell else Qwen3RMSNorm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda *args: passes.append(torch.is_grad_enabled()) or forward(*args))
+    rows, counts = [], []
+    for setting in ("false", "true"):
+        passes.clear()
+        directory = run(results, *cell, f"model.activation_checkpointing={setting}", "budget.limits.updates=4")
+        rows += lines(directory, METRICS)
+        counts.append(sum(passes))
+    kept, again = rows
+    layers, in_a_layer, networks = 3, 4, 2 if "algorithm=ppo" in cell else 1
+    assert counts[1] - counts[0] == UPDATES * layers * in_a_layer * networks
+    measured = {key for key in kept if not key.startswith(("flops/", "budget/"))}
+    assert {key: again[key] for key in measured} == {key: kept[key] for key in measured}
+    assert 1.2 < again["flops/update"] / kept["flops/update"] < 4 / 3
+    assert again["flops/rollout"] == kept["flops/rollout"]
+    if "algorithm=ppo" in cell:
+        assert 1.15 < again["flops/critic"] / kept["flops/critic"] < 1.3  # a forward pass of its own among four
+
+
+def test_a_model_that_cannot_compute_its_activations_again_is_refused(cold_starts, monkeypatch):
+    monkeypatch.setattr(Qwen3ForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"model\.activation_checkpointing=true: Qwen3ForCausalLM .* set it to false"):
+        load_policy(compose([*TINY, "model.activation_checkpointing=true"]).model, "cpu")
 
 
 def test_before_the_first_optimizer_step_the_ratio_is_one(results):

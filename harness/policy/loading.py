@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from harness.config import ModelConfig
 from harness.errors import ConfigError
+from harness.policy.packing import drop_padding
 
 
 def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -41,6 +42,9 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
     _check_head(model, path)
+    drop_padding(model)
+    if config.activation_checkpointing:
+        _checkpoint_activations(model, path)
     # Dropout would make the old policy's log-probabilities a different draw from the new one's.
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval(), tokenizer
@@ -57,6 +61,19 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
             f"model.path={path}: {type(model).__name__} scales or caps its logits after the output layer, which the "
             "trainer's log-probabilities do not; choose a model of another architecture"
         )
+
+
+def _checkpoint_activations(model: PreTrainedModel, path: str) -> None:
+    """Prepare the layers; they do so where :func:`harness.update.recomputing` lets them."""
+    # The new name is younger than the oldest transformers that we support.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"model.activation_checkpointing=true: {type(model).__name__} of model.path={path} cannot compute its "
+            "activations again; set it to false, and model.micro_batch_sequences lower where memory is short"
+        ) from error
 
 
 def build_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -1,11 +1,16 @@
 """Log-probabilities and entropy of completion tokens, without logits of prompts or of the whole batch."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.policy.loading import autocast, decoder
+from harness.policy.packing import Packing
 from harness.rollout.batch import Batch
 
 # Logits held at once: 2^25 float32 are 128 MiB.
@@ -14,9 +19,10 @@ CHUNK_ELEMENTS = 2**25
 
 def completion_states(network: nn.Module, batch: Batch) -> Tensor:
     """Hidden states [N, H] from which the batch's N valid completion tokens are predicted, row by row."""
+    packing = Packing(network, batch)
     with autocast(batch.input_ids.device):
-        states = network(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return states[batch.positions()]
+        states = network(**packing.inputs, use_cache=False).last_hidden_state
+    return states.flatten(0, 1).index_select(0, packing.completion)
 
 
 def completion_logprobs(
@@ -47,31 +53,20 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of ``tokens`` [N] and entropies [N], from hidden states [N, H].
 
-    At most :data:`CHUNK_ELEMENTS` logits exist at a time: where there are more, chunks are computed again in the
-    backward pass instead of being held.
+    Where there are more than :data:`CHUNK_ELEMENTS` logits, blocks of the vocabulary are computed one at a time, and
+    again in the backward pass, instead of being held.
     """
-    size = _chunk_size(head)
-    if not recomputes(head, len(states)):
-        return _chunk(states, head, tokens, temperature, entropy_gradient)
-    parts = [
-        checkpoint(
-            _chunk, states[i : i + size], head, tokens[i : i + size], temperature, entropy_gradient, use_reentrant=False
-        )
-        for i in range(0, len(states), size)
-    ]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    if recomputes(head, len(states)):
+        return _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
+    return _held(states, head, tokens, temperature, entropy_gradient)
 
 
 def recomputes(head: nn.Linear, tokens: int) -> bool:
     """Whether the backward pass over this many tokens computes their logits once more, which costs another forward."""
-    return tokens > _chunk_size(head)
+    return tokens * head.weight.shape[0] > CHUNK_ELEMENTS
 
 
-def _chunk_size(head: nn.Linear) -> int:
-    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-
-
-def _chunk(
+def _held(
     states: Tensor, head: nn.Linear, tokens: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     with autocast(states.device):
@@ -80,3 +75,98 @@ def _chunk(
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy
+
+
+class _Recomputed(torch.autograd.Function):
+    """Log-probabilities and entropies in blocks of the vocabulary; only [N] tensors are kept for the backward pass.
+
+    Blocks of the vocabulary rather than of the tokens: each row of the head and of its gradient is then touched once,
+    and what is added up over blocks is the much smaller gradient of the states.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        lowest = torch.finfo(torch.float32).min
+        largest = torch.full_like(tokens, lowest, dtype=torch.float32)  # logit x so far, m below
+        total = torch.zeros_like(largest)  # of exp(x - m)
+        moment = torch.zeros_like(largest)  # of exp(x - m) (x - m)
+        chosen = torch.zeros_like(largest)  # the token's x
+        for block in _blocks(states, weight):
+            logits = _logits(states, weight, bias, block).float().div_(temperature)
+            index, inside = _locate(tokens, block)
+            chosen = torch.where(inside, logits.gather(1, index).squeeze(1), chosen)
+            previous, largest = largest, torch.maximum(largest, logits.amax(1))
+            shift = previous - largest
+            logits.sub_(largest.unsqueeze(1))
+            exponentials = logits.exp()
+            moment = (moment + total * shift) * shift.exp() + torch.linalg.vecdot(exponentials, logits)
+            total = total * shift.exp() + exponentials.sum(1)
+            del logits, exponentials  # before the next block's are made
+        logprobs = chosen - largest - total.log()
+        entropy = total.log() - moment / total
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(states, weight, bias, tokens, largest + total.log(), entropy)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, tokens, normalizer, entropy = ctx.saved_tensors
+        grad_states, grad_weight, grad_bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        )
+        by_logprob = grad_logprobs.unsqueeze(1) / ctx.temperature  # the temperature's share of the chain rule
+        by_entropy = grad_entropy.unsqueeze(1) / ctx.temperature
+        for block in _blocks(states, weight):
+            logits = _logits(states, weight, bias, block)
+            dtype = logits.dtype
+            gradient = logits.float().div_(ctx.temperature).sub_(normalizer.unsqueeze(1))
+            del logits
+            # d logprob_t / d x_j = [j = t] - p_j and d entropy / d x_j = -p_j (log p_j + entropy)
+            if ctx.entropy_gradient:
+                probabilities = gradient.exp()
+                gradient.add_(entropy.unsqueeze(1)).mul_(-by_entropy).sub_(by_logprob).mul_(probabilities)
+                del probabilities
+            else:
+                gradient.exp_().mul_(-by_logprob)
+            index, inside = _locate(tokens, block)
+            gradient.scatter_add_(1, index, by_logprob * inside.unsqueeze(1))
+            if grad_bias is not None:
+                grad_bias[block] = gradient.sum(0)
+            gradient = gradient.to(dtype)
+            with autocast(states.device):
+                if grad_weight is not None:
+                    grad_weight[block] = gradient.T @ states
+                if grad_states is not None:
+                    grad_states += gradient @ weight[block]
+            del gradient
+        return grad_states, grad_weight, grad_bias, None, None, None  # autograd casts them to their tensors' types
+
+
+def _blocks(states: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Parts of the vocabulary with at most :data:`CHUNK_ELEMENTS` logits each."""
+    size = max(1, CHUNK_ELEMENTS // len(states))
+    return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, block: slice) -> Tensor:
+    with autocast(states.device):
+        return functional.linear(states, weight[block], None if bias is None else bias[block])
+
+
+def _locate(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Columns [N, 1] of the tokens in the block (any column for those outside of it), and which are inside [N]."""
+    columns = tokens - block.start
+    width = block.stop - block.start
+    return columns.clamp(0, width - 1).unsqueeze(1), (columns >= 0) & (columns < width)

@@ -63,7 +63,7 @@ class Routing(TorchFunctionMode):
 
     Attributes:
         layers: those that route to experts.
-        replay: [B, L, layers, k] indices to use instead of the layers' own, or None.
+        replay: [..., layers, k] indices for each token to use instead of the layers' own, or None.
         native: for each layer the indices [tokens, k] that it would choose in the latest forward pass.
         used: those that it used; they differ under replay alone.
     """
@@ -93,7 +93,7 @@ class Routing(TorchFunctionMode):
         if self._masked is not None and scores is self._masked[0]:
             # Scores outside of the groups that are chosen now: a recorded expert there has its real one underneath.
             scores = self._masked[1]
-        indices = self.replay[:, :, self._layer].reshape(native.indices.shape).long()
+        indices = self.replay[..., self._layer, :].reshape(native.indices.shape).long()
         self.used[self._layer] = indices
         return TopK((scores.gather(-1, indices), indices))
 
@@ -130,10 +130,9 @@ class Routing(TorchFunctionMode):
         self.__exit__(None, None, None)
         self._layer, self._masked = -1, None
 
-    def choices(self, rows: int) -> Tensor:
-        """The native choices as [B, L, layers, k] for ``rows`` = B, in the smallest integer type."""
-        stacked = torch.stack([indices.reshape(rows, -1, indices.shape[-1]) for indices in self.native], 2)
-        return stacked.to(torch.int16)
+    def choices(self) -> Tensor:
+        """The native choices [tokens, layers, k], in the smallest integer type."""
+        return torch.stack(self.native, 1).to(torch.int16)
 
 
 def padding_routes(rows: int, length: int, like: Tensor) -> Tensor:
@@ -150,17 +149,16 @@ def padding_routes(rows: int, length: int, like: Tensor) -> Tensor:
     return torch.arange(k, dtype=like.dtype, device=like.device).repeat(rows, length, layers, 1)
 
 
-def changes(new: list[Tensor], old: Tensor) -> tuple[Tensor, Tensor]:
+def changes(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """How many expert choices are new.
 
     Args:
-        new: for each layer the indices [tokens, k] of the new policy.
+        new: [tokens, layers, k] indices of the new policy.
         old: [tokens, layers, k] of the old policy.
 
     Returns:
         the number of (token, layer, slot) choices that are not among the old ones of that token and layer, and the
         number of tokens with any such choice.
     """
-    stacked = torch.stack(new, 1)
-    changed = ~(stacked.unsqueeze(-1) == old.long().unsqueeze(-2)).any(-1)
+    changed = ~(new.unsqueeze(-1) == old.long().unsqueeze(-2)).any(-1)
     return changed.sum(), changed.flatten(1).any(1).sum()

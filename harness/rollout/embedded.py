@@ -116,14 +116,14 @@ class EmbeddedEngine:
                 tokens.unsqueeze(1), attention[:, : width + step + 1], (positions + step).unsqueeze(1), cache
             )
             for recorded in routes:
-                recorded[active, positions + step] = self.routing.choices(len(active)).squeeze(1)
+                recorded[active, positions + step] = self.routing.choices()
         return routes
 
     def _prompt_routes(self, attention: Tensor) -> Tensor:
         """Routes [P, L, layers, k] of the prompts just read, which ``attention`` [P, width] marks, and room for later
         tokens; a row's first token is at 0."""
         rows, width = attention.shape
-        recorded = self.routing.choices(rows)
+        recorded = self.routing.choices().unflatten(0, (rows, width))
         routes = padding_routes(rows, width + self.max_tokens - 1, like=recorded)
         starts = (~attention).sum(1)
         prompts, columns = attention.nonzero(as_tuple=True)

@@ -73,7 +73,7 @@ def test_native_choices_are_recorded_and_are_what_the_experts_are_called_with(mo
     for layer in expert_layers(model):
         layer.experts.register_forward_pre_hook(lambda module, arguments: called.append(arguments[1]))
     _, _, routing = run(model, batch)
-    routes = routing.choices(len(batch.mask))
+    routes = routing.choices().unflatten(0, batch.input_ids.shape)
     assert routes.shape[:2] == batch.input_ids.shape
     assert torch.equal(stacked(called, batch).to(routes.dtype), routes)
     assert torch.equal(stacked(routing.used, batch), stacked(routing.native, batch))
@@ -83,14 +83,14 @@ def test_native_choices_are_recorded_and_are_what_the_experts_are_called_with(mo
 
 def test_replaying_its_own_routes_changes_no_bit_of_logits_and_gradients(model, batch):
     logprobs, gradients, routing = run(model, batch)
-    again, gradients_again, _ = run(model, batch, routing.choices(len(batch.mask)))
+    again, gradients_again, _ = run(model, batch, routing.choices().unflatten(0, batch.input_ids.shape))
     assert torch.equal(logprobs, again)
     assert same(gradients, gradients_again)
 
 
 def test_replaying_other_routes_uses_exactly_those(model, batch):
     logprobs, _, routing = run(model, batch)
-    routes = routing.choices(len(batch.mask))
+    routes = routing.choices().unflatten(0, batch.input_ids.shape)
     called, weights = [], []
     for layer in expert_layers(model):
         layer.experts.register_forward_pre_hook(lambda module, arguments: called.append(arguments[1]))
@@ -108,7 +108,7 @@ def test_a_single_group_of_experts_is_ranked_without_being_taken_for_a_choice(ba
     """GLM-4.5's setting: the ranking inside of groups then has as many columns as there are experts."""
     model = build("glm4_moe", n_group=1, topk_group=1, num_experts_per_tok=3)
     logprobs, gradients, routing = run(model, batch)
-    again, gradients_again, _ = run(model, batch, routing.choices(len(batch.mask)))
+    again, gradients_again, _ = run(model, batch, routing.choices().unflatten(0, batch.input_ids.shape))
     assert torch.equal(logprobs, again)
     assert same(gradients, gradients_again)
 
@@ -116,7 +116,7 @@ def test_a_single_group_of_experts_is_ranked_without_being_taken_for_a_choice(ba
 def test_every_replayed_expert_gives_its_router_a_gradient(model, batch):
     """A weight gathered from scores that were zeroed outside of the native choice has none."""
     _, _, routing = run(model, batch)
-    replay = opposite(routing.choices(len(batch.mask)))
+    replay = opposite(routing.choices().unflatten(0, batch.input_ids.shape))
     _, _, routing = run(model, batch, replay)
     for layer, router in enumerate(routers(model)):
         weight = next(p for p in router.parameters() if p.ndim == 2 and len(p) == EXPERTS)
@@ -128,7 +128,7 @@ def test_every_replayed_expert_gives_its_router_a_gradient(model, batch):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # its new name is younger than our oldest
 def test_recomputed_activations_take_the_same_routes(model, batch):
     _, _, routing = run(model, batch)
-    replay = opposite(routing.choices(len(batch.mask)))
+    replay = opposite(routing.choices().unflatten(0, batch.input_ids.shape))
     model.train()
     logprobs, gradients, _ = run(model, batch, replay)
     passes = []
@@ -143,7 +143,7 @@ def test_recomputed_activations_take_the_same_routes(model, batch):
 
 def test_routes_of_padding_reach_no_completion(model, batch):
     _, _, routing = run(model, batch)
-    replay = opposite(routing.choices(len(batch.mask)))
+    replay = opposite(routing.choices().unflatten(0, batch.input_ids.shape))
     logprobs, gradients, _ = run(model, batch, replay)
     elsewhere = torch.where(seen(batch)[:, :, None, None], replay, opposite(replay))
     assert not torch.equal(elsewhere, replay)
@@ -157,7 +157,7 @@ def test_routes_of_padding_reach_no_completion(model, batch):
 def test_router_gradients_under_replay_equal_finite_differences(family, batch):
     model = build(family)
     _, _, routing = run(model, batch)
-    replay = opposite(routing.choices(len(batch.mask)))
+    replay = opposite(routing.choices().unflatten(0, batch.input_ids.shape))
     model.double().set_experts_implementation("eager")  # the grouped kernel knows no float64
 
     def loss():

@@ -11,7 +11,7 @@ def record(model, batch):
     routing = Routing(model)
     with torch.no_grad(), routing.watch():
         logprobs, _ = completion_logprobs(model, batch, 1.0)
-    return logprobs, routing.choices(len(batch.mask))
+    return logprobs, routing.choices().unflatten(0, batch.input_ids.shape)
 
 
 def perturbed(model, scale=0.05):
@@ -54,8 +54,8 @@ def test_replay_uses_the_recorded_experts_and_reports_the_native_ones(moe, batch
     with torch.no_grad(), routing.watch():
         replayed, _ = completion_logprobs(moe, batch, 1.0)
     old = routes.flatten(0, 1)
-    assert changes(routing.used, old)[0] == 0
-    changed, tokens = changes(routing.native, old)
+    assert changes(torch.stack(routing.used, 1), old)[0] == 0
+    changed, tokens = changes(torch.stack(routing.native, 1), old)
     assert 0 < tokens <= len(old)
     assert changed >= tokens
     native, _ = record(moe, batch)
@@ -117,7 +117,7 @@ def test_padding_takes_the_first_experts():
 def test_changes_by_hand():
     old = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]], dtype=torch.int16)  # [tokens, routers, k]
     new = [torch.tensor([[1, 0], [0, 5]]), torch.tensor([[3, 2], [6, 7]])]
-    changed, tokens = changes(new, old)
+    changed, tokens = changes(torch.stack(new, 1), old)
     assert (changed.item(), tokens.item()) == (3, 1)
 
 
@@ -125,7 +125,7 @@ def test_nothing_is_watched_afterwards(moe, batch):
     routing = Routing(moe)
     with routing.watch():
         completion_logprobs(moe, batch, 1.0)
-    first = routing.choices(len(batch.mask)).clone()
+    first = routing.choices().unflatten(0, batch.input_ids.shape).clone()
     perturbed(moe, 1.0)
     completion_logprobs(moe, batch, 1.0)
-    assert torch.equal(routing.choices(len(batch.mask)), first)
+    assert torch.equal(routing.choices().unflatten(0, batch.input_ids.shape), first)

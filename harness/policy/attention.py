@@ -1,0 +1,115 @@
+"""Attention for passes without padding and for decoding, behind transformers' attention interface.
+
+In a pass without padding the tokens of a batch stand one behind the other in a single row (see
+:mod:`harness.policy.packing`), so that projections, experts and normalisation work on real tokens alone; only in here
+they stand in rows again. A decoded token's query heads are one product with the key head that they share. Everything
+else is transformers' own.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from harness.policy.packing import Packing
+
+PADDING_FREE = "padding_free"  # the name in a model's configuration
+
+# Scores held at once for the backward pass, as long as they fit into a core's cache; longer rows take torch's kernel.
+_SCORES = 2**20
+
+
+def padding_free_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packing: "Packing | None" = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention as transformers' models call it.
+
+    Args:
+        module: the model's attention layer.
+        query: [B, heads, Q, D].
+        key: [B, key heads, L, D].
+        value: [B, key heads, L, Dv].
+        attention_mask: [B, 1, Q, L] bool, or None where nothing but what follows is hidden.
+        scaling: of the scores; 1 / sqrt(D) by default.
+        packing: where the tokens of a pass without padding (B = 1) belong.
+        settings: the rest of what models pass on.
+
+    Returns:
+        [B, Q, heads, Dv], and no attention weights.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packing is not None:
+        q, k, v = (packing.in_rows(states[0].transpose(0, 1)).transpose(1, 2) for states in (query, key, value))
+        return packing.in_one(causal_attention(q, k, v, scaling).transpose(1, 2)).unsqueeze(0), None
+    if query.shape[2] == 1 and not torch.is_grad_enabled():
+        return _decode(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """[B, heads, L, Dv] from queries [B, heads, L, D], keys [B, key heads, L, D] and values [B, key heads, L, Dv]."""
+    batch, heads, length, _ = query.shape
+    if query.device.type == "cpu" and batch * heads * length**2 <= _SCORES:
+        return _ShortCausalAttention.apply(query, key, value, scaling)
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+    )
+
+
+class _ShortCausalAttention(torch.autograd.Function):
+    """Softmax attention that keeps its weights: torch's CPU kernel recomputes them, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        (batch, heads, length, _), groups = query.shape, key.shape[1]
+        # The queries of all heads that share a key head stand below each other: [B x groups, heads / groups x L, D].
+        query = query.reshape(batch * groups, -1, query.shape[-1])
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        hidden = query.new_full((length, length), -torch.inf).triu(1).repeat(heads // groups, 1)
+        weights = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling, ctx.shape = scaling, (batch, heads, groups, length)
+        return torch.bmm(weights, value).view(batch, heads, length, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, weights = ctx.saved_tensors
+        batch, heads, groups, length = ctx.shape
+        gradient = gradient.reshape(batch * groups, -1, gradient.shape[-1])
+        of_value = torch.bmm(weights.transpose(1, 2), gradient)
+        of_weights = torch.bmm(gradient, value.transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+        of_query, of_key = torch.bmm(of_scores, key), torch.bmm(of_scores.transpose(1, 2), query)
+        grouped = (batch, groups, length, -1)
+        return of_query.view(batch, heads, length, -1), of_key.view(grouped), of_value.view(grouped), None
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """[B, 1, heads, Dv] for one query a row, without a copy of the keys for each head."""
+    batch, heads, _, dim = query.shape
+    scores = torch.matmul(query.view(batch, key.shape[1], -1, dim) * scaling, key.transpose(2, 3))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value).view(batch, 1, heads, -1)
+
+
+def _mask(**settings: Any) -> Tensor | None:
+    """transformers' own where rows are padded; without padding nothing but what follows is hidden."""
+    return None if settings["attention_mask"] is None else sdpa_mask(**settings)
+
+
+AttentionInterface.register(PADDING_FREE, padding_free_attention)
+AttentionMaskInterface.register(PADDING_FREE, _mask)

@@ -1,0 +1,83 @@
+"""Forward passes without padding: the tokens of a batch one behind the other in a single row."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from harness.policy.attention import PADDING_FREE
+from harness.rollout.batch import Batch
+
+
+class Packing:
+    """Where the N tokens of a batch's rows are in the input of a network.
+
+    Networks that cannot do without padding see all B x L positions; the others see the real ones alone.
+
+    Attributes:
+        inputs: what the network is called with.
+        completion: [M] the places, among the N tokens, from which the completion tokens are predicted.
+    """
+
+    def __init__(self, network: nn.Module, batch: Batch) -> None:
+        self.shape = batch.input_ids.shape
+        rows, columns = batch.positions()
+        if network.config._attn_implementation != PADDING_FREE:  # type: ignore[union-attr]
+            self._places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+            self.completion = rows * self.shape[1] + columns
+            self.inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+            return
+        all_columns = torch.arange(self.shape[1], device=batch.input_ids.device).expand(self.shape)
+        self._places = (all_columns < batch.lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        self.completion = (batch.lengths.cumsum(0) - batch.lengths)[rows] + columns
+        self.inputs = {
+            "input_ids": self.in_one(batch.input_ids).unsqueeze(0),
+            "position_ids": self.in_one(all_columns).unsqueeze(0),
+            "packing": self,
+        }
+
+    def in_one(self, rows: Tensor) -> Tensor:
+        """[N, ...] from [B, L, ...]."""
+        return rows.flatten(0, 1).index_select(0, self._places)
+
+    def in_rows(self, tokens: Tensor, fill: Tensor | None = None) -> Tensor:
+        """[B, L, ...] from [N, ...]; 0 where no token is, or those of ``fill`` [B, L, ...]."""
+        size = self.shape.numel()
+        base = tokens.new_zeros(size, *tokens.shape[1:]) if fill is None else fill.flatten(0, 1)
+        return base.index_copy(0, self._places, tokens).unflatten(0, self.shape)
+
+
+@torch.no_grad()
+def drop_padding(model: PreTrainedModel) -> None:
+    """Let the passes of a model do without padding, if it can.
+
+    It must attend to all that came before in each of its layers (no window, no recurrence) through transformers'
+    attention interface, and give what it gave with padding.
+    """
+    text = model.config.get_text_config()
+    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    if text._attn_implementation != "sdpa" or not whole:
+        return
+    batch = _probe(text.vocab_size, model.device)
+    network = model.base_model
+    padded = network(**Packing(network, batch).inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    padded = padded[Packing(network, batch).completion]
+    model.set_attn_implementation(PADDING_FREE)
+    try:
+        packing = Packing(network, batch)
+        packed = network(**packing.inputs, use_cache=False).last_hidden_state[0, packing.completion]
+        same = torch.allclose(packed, padded, rtol=1e-3, atol=1e-3)
+    except (TypeError, ValueError, RuntimeError):  # it does not pass settings on to its attention
+        same = False
+    if not same:
+        model.set_attn_implementation("sdpa")
+
+
+def _probe(vocabulary: int, device: torch.device) -> Batch:
+    """Two sequences of different length."""
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]], device=device)
+    tokens = torch.arange(12, device=device).view(2, 6).remainder(vocabulary)
+    lengths = torch.tensor([3, 2], device=device)
+    return Batch(tokens, lengths, tokens[:, :4], mask, torch.zeros(2, dtype=torch.long), torch.zeros_like(mask))

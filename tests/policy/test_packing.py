@@ -1,0 +1,180 @@
+"""Passes without padding equal padded ones, with the models that can do without, and leave the others alone."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.policy.attention import PADDING_FREE, causal_attention
+from harness.policy.critic import Critic
+from harness.policy.logprobs import completion_logprobs
+from harness.policy.packing import Packing, drop_padding
+from harness.policy.routing import Routing, expert_layers
+from tests.policy.conftest import fresh
+from tests.policy.families import FAMILIES, LATENT, build
+from tests.policy.test_families import opposite, seen
+
+# Recurrent layers carry what came before through the row; sinks and caps are not in torch's attention.
+_PADDED = {"qwen3_next", "qwen3_5_moe_text", "jamba", "gpt_oss", "lfm2_moe"}
+_DENSE = ("llama", "qwen2", "gemma", "phi3", "gpt2")
+
+
+def dense(family, **changes):
+    """A tiny random dense model."""
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model(family, **{**sizes, **more, "bos_token_id": None, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+def passes(model, batch, replay=None):
+    """Log-probabilities, all gradients of their squares' sum, and the routes [B, L, layers, k]."""
+    packing = Packing(model.base_model, batch)
+    routing = Routing(model, None if replay is None else packing.in_one(replay))
+    model.zero_grad()
+    with routing.watch():
+        logprobs, _ = completion_logprobs(model, batch, 1.0)
+        logprobs.square().sum().backward()
+    routes = packing.in_rows(routing.choices()) if expert_layers(model) else None
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return logprobs.detach(), gradients, routes
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-5)
+    assert len(one[1]) == len(other[1]) > 0
+    for gradient, own in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(gradient, own, rtol=1e-3, atol=1e-5 * float(own.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - _PADDED))
+def test_each_family_of_experts_gives_what_it_gave_with_padding(family, batch):
+    model = build(family)
+    padded = passes(model, batch)
+    drop_padding(model)
+    assert model.config._attn_implementation == PADDING_FREE
+    packed = passes(model, batch)
+    assert_same(packed, padded)
+    assert torch.equal(packed[2][seen(batch)], padded[2][seen(batch)])
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - _PADDED))
+def test_replay_without_padding_equals_replay_with_it(family, batch):
+    model = build(family)
+    replay = opposite(passes(model, batch)[2])
+    padded = passes(model, batch, replay)
+    drop_padding(model)
+    assert_same(passes(model, batch, replay), padded)
+
+
+@pytest.mark.parametrize("family", sorted(_PADDED))
+def test_models_that_need_their_rows_keep_them(family, batch):
+    model = build(family)
+    before, attention = passes(model, batch), model.config._attn_implementation
+    drop_padding(model)
+    assert model.config._attn_implementation == attention
+    after = passes(model, batch)
+    assert torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("family", _DENSE)
+def test_dense_families_give_what_they_gave_with_padding(family, batch):
+    model = dense(family)
+    padded = passes(model, batch)
+    drop_padding(model)
+    assert model.config._attn_implementation == PADDING_FREE
+    assert_same(passes(model, batch), padded)
+
+
+def test_a_sliding_window_keeps_its_rows():
+    model = dense("mistral", sliding_window=4)
+    drop_padding(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_keeps_settings_from_its_attention_keeps_its_rows(monkeypatch):
+    model = fresh("tiny_dense")
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda *args, packing=None, forward=forward, **rest: forward(*args, **rest)
+        )
+    drop_padding(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_no_padding_reaches_the_layers(model, batch):
+    drop_padding(model)
+    tokens = []
+    model.base_model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[:-1]))
+    completion_logprobs(model, batch, 1.0)
+    assert tokens == [(1, int(batch.lengths.sum()))]
+    assert int(batch.lengths.sum()) < batch.input_ids.numel()
+
+
+def test_a_critic_made_from_it_does_without_padding_too(model, batch):
+    critic = Critic(copy.deepcopy(model))
+    torch.nn.init.ones_(critic.head.weight)
+    padded = critic(batch)
+    drop_padding(model)
+    packed = Critic(model)
+    torch.nn.init.ones_(packed.head.weight)
+    torch.testing.assert_close(packed(batch), padded, rtol=1e-4, atol=1e-4)
+    assert packed.network.config._attn_implementation == PADDING_FREE
+
+
+def test_packing_and_back_by_hand(batch):
+    model = fresh("tiny_dense")
+    drop_padding(model)
+    packing = Packing(model.base_model, batch)
+    expected = [token for row, length in zip(batch.input_ids, batch.lengths, strict=True) for token in row[:length]]
+    assert packing.inputs["input_ids"][0].tolist() == [int(token) for token in expected]
+    assert packing.inputs["position_ids"][0].tolist() == [i for length in batch.lengths for i in range(length)]
+    tokens = torch.arange(1, len(expected) + 1)
+    rows = packing.in_rows(tokens)
+    assert torch.equal(packing.in_one(rows), tokens)
+    assert (rows[~seen(batch)] == 0).all()
+    filled = packing.in_rows(tokens, torch.full_like(rows, -1))
+    assert (filled[~seen(batch)] == -1).all() and torch.equal(filled[seen(batch)], tokens)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+def test_attention_of_short_rows_equals_torchs_in_float64(heads, groups):
+    generator = torch.Generator().manual_seed(0)
+
+    def states(count, width):
+        return torch.randn(3, count, 5, width, dtype=torch.float64, generator=generator).requires_grad_()
+
+    query, key, value = states(heads, 8), states(groups, 8), states(groups, 6)  # values narrower than keys
+    expanded = [each.repeat_interleave(heads // groups, 1) for each in (key, value)]
+    expected = F.scaled_dot_product_attention(query, *expanded, is_causal=True, scale=0.3)
+    ours = causal_attention(query, key, value, 0.3)
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    gradients = torch.autograd.grad((ours * weight).sum(), (query, key, value))
+    for own, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_long_rows_take_torchs_kernel_and_give_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
+    short = causal_attention(query, key, value, 0.3)
+    monkeypatch.setattr("harness.policy.attention._SCORES", 0)
+    torch.testing.assert_close(causal_attention(query, key, value, 0.3), short)
+
+
+def test_a_latent_attention_whose_values_are_narrower(batch):
+    model = build("deepseek_v3", **{**LATENT, "v_head_dim": 4})
+    padded = passes(model, batch)
+    drop_padding(model)
+    assert model.config._attn_implementation == PADDING_FREE
+    assert_same(passes(model, batch), padded)
