@@ -13,8 +13,10 @@ from harness.policy.loading import autocast, decoder
 from harness.policy.packing import Packing
 from harness.rollout.batch import Batch
 
-# Logits held at once: 2^25 float32 are 128 MiB.
-CHUNK_ELEMENTS = 2**25
+# Logits that are held for the backward pass at most: 2^25 float32 are 128 MiB.
+HELD_ELEMENTS = 2**25
+# Logits in a block where there are more: on a CPU as many as its allocator and its cache can use again.
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def completion_states(network: nn.Module, batch: Batch) -> Tensor:
@@ -53,8 +55,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of ``tokens`` [N] and entropies [N], from hidden states [N, H].
 
-    Where there are more than :data:`CHUNK_ELEMENTS` logits, blocks of the vocabulary are computed one at a time, and
-    again in the backward pass, instead of being held.
+    Where there are more than :data:`HELD_ELEMENTS` logits, blocks of them are computed one at a time, and again in the
+    backward pass, instead of being held.
     """
     if recomputes(head, len(states)):
         return _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
@@ -63,7 +65,7 @@ def token_logprobs(
 
 def recomputes(head: nn.Linear, tokens: int) -> bool:
     """Whether the backward pass over this many tokens computes their logits once more, which costs another forward."""
-    return tokens * head.weight.shape[0] > CHUNK_ELEMENTS
+    return tokens * head.weight.shape[0] > HELD_ELEMENTS
 
 
 def _held(
@@ -155,8 +157,8 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _blocks(states: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Parts of the vocabulary with at most :data:`CHUNK_ELEMENTS` logits each."""
-    size = max(1, CHUNK_ELEMENTS // len(states))
+    """Parts of the vocabulary with at most :data:`BLOCK_ELEMENTS` logits each."""
+    size = max(1, BLOCK_ELEMENTS[states.device.type] // len(states))
     return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
 
 
