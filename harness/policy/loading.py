@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.config import ModelConfig
@@ -56,7 +57,8 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
     input_ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     states = decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
-    if head is None or not torch.allclose(head(states), model(input_ids=input_ids).logits, rtol=1e-3, atol=1e-3):
+    logits = model(input_ids=input_ids).logits
+    if head is None or not torch.allclose(linear(states, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"model.path={path}: {type(model).__name__} scales or caps its logits after the output layer, which the "
             "trainer's log-probabilities do not; choose a model of another architecture"
