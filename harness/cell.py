@@ -1,17 +1,18 @@
 """One run in one process: prepared, trained, and its end recorded whatever it is."""
 
-import argparse
 import errno
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 from harness.config import RunConfig, config_hash, load, save
 from harness.errors import ConfigError, Diverged
@@ -94,13 +95,6 @@ def run_cell(directory: RunDirectory) -> str:
     return status
 
 
-def interrupt_once(signum: int, frame: FrameType | None) -> None:
-    """Signal handler: stop as Ctrl-C does, and let nothing interrupt the stopping."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def _train(directory: RunDirectory) -> None:
     config = load(directory.path / "config.yaml")
     recorded = directory.read_status().get("provenance", {})
@@ -129,34 +123,45 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _end_with_parent() -> None:
-    """Stop this process when the one that holds the other end of its standard input is gone."""
+def run_alone(path: Path, log: Path, environment: Mapping[str, str], cores: Sequence[str]) -> None:
+    """What a process that was started for one run does: it runs it and exits with a status of :data:`EXIT_CODES`.
 
-    def wait() -> None:
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.cell", description="Run one prepared run directory.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--with-parent", action="store_true", help="stop when standard input closes")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, interrupt_once)
-    signal.signal(signal.SIGTERM, interrupt_once)
-    if arguments.with_parent:
-        _end_with_parent()
-    directory = RunDirectory(arguments.run_dir)
+    Args:
+        path: the run directory, prepared.
+        log: what the process prints is appended to this file.
+        environment: variables that are only for this process; nothing here has looked at them before.
+        cores: the CPU cores to keep to; none for all.
+    """
+    os.setsid()  # Ctrl-C reaches it through the process that started it, once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_with_parent()
+    os.environ.update(environment)
+    if cores:
+        os.sched_setaffinity(0, map(int, cores))
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a process that is killed flushes nothing
+    directory = RunDirectory(path)
     try:
         status = run_cell(directory)
     except RunInUse as error:
         print(error, file=sys.stderr)
-        return error.exit_code
+        sys.exit(error.exit_code)
     print(directory.read_status().get("traceback") or status, file=sys.stderr)
-    return EXIT_CODES[status]
+    sys.exit(EXIT_CODES[status])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _end_with_parent() -> None:
+    """Stop this process when the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        while True:  # an interruption inside of a finaliser is lost
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -38,9 +38,15 @@ def mischief(logprobs, old_logprobs, mask, *, kind: str):
         raise RuntimeError("made to fail")
     if Path("dies").exists() and kind == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
+    lost = 0
     while Path("waits").exists() and kind == "waits":
         Path("waiting").touch()
-        time.sleep(0.05)
+        try:
+            time.sleep(0.05)
+        except KeyboardInterrupt:  # as in a finaliser, where the first one is lost
+            lost += 1
+            if lost > 1:
+                raise
     return token_ratio(logprobs, old_logprobs, mask)
 """
 

@@ -1,13 +1,13 @@
 """What Hydra's launchers call for every job: a single run, or a cell of a sweep in a child process of its own."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from harness.cell import run_alone
 from harness.runs.directory import FINAL, RunDirectory, RunInUse, effective_status
 from harness.runs.reading import read_sweep
-from harness.sweep.slots import bind, slot
+from harness.sweep.slots import slot
 
+# What a cell imports; where one of them is missing, the cell will say so.
+_PRELOADED = ["harness.trainer", "harness.evaluation.policy_lm", "lm_eval.evaluator", "reasoning_gym", "tensorboard"]
+_PATIENCE = 30.0  # seconds that a cell gets to end when it is told to
 _TAIL = 4000  # bytes of log.txt that stand in for the traceback of a process that could not leave one
 
 
@@ -43,6 +47,7 @@ def launch_cell(job: DictConfig) -> None:
     directory = RunDirectory(folder / plan["cells"][HydraConfig.get().job.num])
     config = OmegaConf.load(directory.path / "config.yaml")
     while directory.read_status()["status"] not in FINAL:
+        _check_wanted(plan)
         with slot(folder / ".slots", config.device, config.threads) as units:
             process = _start(directory, config.device, config.threads, units)
             try:
@@ -52,63 +57,71 @@ def launch_cell(job: DictConfig) -> None:
                 _settle(directory, process, "interrupted")
                 raise
             _settle(directory, process, "failed")
-        if process.returncode != RunInUse.exit_code:
+        if process.exitcode != RunInUse.exit_code:
             break
         time.sleep(2)  # another command runs this cell: wait for what it leaves
 
 
-def _start(directory: RunDirectory, device: str, threads: int, units: Sequence[str]) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        **({"CUDA_VISIBLE_DEVICES": ",".join(units)} if device == "cuda" else {}),
-    }
-    with open(directory.path / "log.txt", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "harness.cell", str(directory.path), "--with-parent"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches it through this process, once
-        )
-    if device == "cpu":
-        bind(process.pid, units)
+def _start(directory: RunDirectory, device: str, threads: int, units: Sequence[str]) -> BaseProcess:
+    # Libraries read these when they are loaded, which may be before the cell's process is there.
+    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    _choose_start_method(device)
+    on_gpu = device == "cuda"
+    process = multiprocessing.Process(
+        target=run_alone,
+        args=(
+            directory.path,
+            directory.path / "log.txt",
+            {"CUDA_VISIBLE_DEVICES": ",".join(units)} if on_gpu else {},
+            () if on_gpu or not hasattr(os, "sched_setaffinity") else units,
+        ),
+    )
+    process.start()
     return process
 
 
-def _wait(process: subprocess.Popen[bytes], plan: Mapping[str, Any]) -> None:
-    """Until the cell ends.
+def _choose_start_method(device: str) -> None:
+    """Processes as forks of one that has imported everything, which takes seconds.
 
-    Raises:
-        KeyboardInterrupt: also where the command that made the plan is gone: its workers outlive it for a while.
+    Not on a GPU: CUDA does not survive a fork, should an import have begun with it.
     """
-    while True:
-        try:
-            process.wait(timeout=1)
-            return
-        except subprocess.TimeoutExpired:
-            if effective_status({**plan, "status": "running"}) != "running":
-                raise KeyboardInterrupt from None
+    # For the whole process: in its workers joblib leaves a method that is known there alone.
+    multiprocessing.set_start_method("spawn" if device == "cuda" else "forkserver", force=True)
+    multiprocessing.set_forkserver_preload(_PRELOADED)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _wait(process: BaseProcess, plan: Mapping[str, Any]) -> None:
+    """Until the cell ends, or nobody waits for it any longer."""
+    while process.exitcode is None:
+        _check_wanted(plan)
+        process.join(timeout=1)
 
 
-def _settle(directory: RunDirectory, process: subprocess.Popen[bytes], status: str) -> None:
+def _check_wanted(plan: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        KeyboardInterrupt: where the command that made the plan is gone; its workers outlive it for a while.
+    """
+    if effective_status({**plan, "status": "running"}) != "running":
+        raise KeyboardInterrupt
+
+
+def _stop(process: BaseProcess) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while process.exitcode is None and time.monotonic() < deadline:
+        process.terminate()  # again and again: an interruption inside of a finaliser is lost
+        process.join(timeout=2)
+    process.kill()
+    process.join()
+
+
+def _settle(directory: RunDirectory, process: BaseProcess, status: str) -> None:
     """Say in run.json how a process ended that could not say it itself."""
     run = directory.read_status()
-    if process.returncode == RunInUse.exit_code or (run.get("pid") == process.pid and run["status"] != "running"):
+    code = process.exitcode
+    assert code is not None
+    if code == RunInUse.exit_code or (run.get("pid") == process.pid and run["status"] != "running"):
         return
-    code = process.returncode
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code == -signal.SIGKILL:
         ended += ", perhaps for want of memory"

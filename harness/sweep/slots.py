@@ -46,12 +46,6 @@ def slot(folder: Path, device: str, threads: int) -> Iterator[Sequence[str]]:
         time.sleep(0.2)
 
 
-def bind(pid: int, cores: Sequence[str]) -> None:
-    """Keep a process on its cores, where the system knows how."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(pid, [int(core) for core in cores])
-
-
 def _slots(device: str, threads: int) -> list[list[str]]:
     if device == "cuda":
         return [[gpu] for gpu in _gpus()]
