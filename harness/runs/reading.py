@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
-from yaml import YAMLError
+import yaml
 
 from harness.errors import ConfigError
 from harness.runs.directory import EVALUATIONS, METRICS, SAMPLES, effective_status
+
+# In C where PyYAML was built with it: configurations are most of what reading a large sweep takes.
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 SWEEP, METRICS_TABLE, EVALUATIONS_TABLE = "sweep.json", "metrics.parquet", "evaluations.parquet"
 IDENTITY = (
@@ -189,11 +191,11 @@ def _read_config(file: Path) -> dict[str, Any]:
     """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins."""
     try:
         return _parse_config(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, YAMLError):  # a cell that is only now being set up
+    except (FileNotFoundError, yaml.YAMLError):  # a cell that is only now being set up
         return {}
 
 
-@lru_cache(maxsize=1024)  # every frame of a sweep reads its cells, and most of that time goes into this
+@lru_cache(maxsize=1024)  # every frame of a sweep reads its cells
 def _parse_config(text: str) -> dict[str, Any]:
-    config = OmegaConf.to_container(OmegaConf.create(text))
+    config = yaml.load(text, _YamlLoader)
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
