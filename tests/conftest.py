@@ -1,6 +1,11 @@
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker is left with one while the other has nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def cold_starts(tmp_path_factory):
     """One cache for all tests that build tiny models, so that each is built once."""

@@ -122,10 +122,12 @@ def test_without_trials_the_comparison_says_how_to_make_them(tmp_path):
         _compose(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_command_runs_the_trials_and_then_the_comparison_on_their_best(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "LEVELFIELD_CACHE": str(tmp_path / "cache")}
     cells = ["seed=0", "algorithm=gspo,grpo_routing_replay", "model=tiny_dense"]
-    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cells, *PLAIN, *_TWO_TRIALS]
+    settings = ["hydra/launcher=basic", *cells, *PLAIN, *_TWO_TRIALS]
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *settings]
 
     def tune():
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

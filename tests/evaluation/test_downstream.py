@@ -137,6 +137,7 @@ def test_unknown_tasks_and_folders_stop_before_compute(evaluation, tmp_path):
         check_evaluation(replace(evaluation, task_path=str(tmp_path / "absent")))
 
 
+@pytest.mark.slow
 def test_the_lm_eval_command_gives_the_same_scores_on_the_exported_model(
     markov_policy, tokenizer, evaluation, tmp_path
 ):
