@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.runs.directory import METRICS, RunDirectory, effective_status
-from harness.runs.reading import NoRuns, read_sweep, run_directories
+from harness.runs.reading import NoRuns, is_compact, load_runs, read_sweep, run_directories
 
 # Most telling first: a terminal that is too small cuts the end.
 _ORDER = ("running", "failed", "diverged", "interrupted", "planned", "done", "skipped")
@@ -52,8 +52,11 @@ class CellState:
 
 def read_cell(path: Path) -> CellState:
     """What run.json and the last line of metrics.jsonl say."""
+    return _cell_state(path, _last_row(path / METRICS))
+
+
+def _cell_state(path: Path, row: Mapping[str, Any]) -> CellState:
     run = RunDirectory(path).read_status()
-    row = _last_row(path / METRICS)
     budget = run.get("budget", {})
     axis, limit = budget.get("axis"), budget.get("limit")
     totals = {key.removeprefix("budget/"): value for key, value in row.items()} or budget.get("spent", {})
@@ -81,7 +84,12 @@ def read_cells(path: Path) -> list[CellState]:
     if not found:
         raise NoRuns(f"{path} holds no runs: give a sweep folder, e.g. results/NAME, or start one with harness.run -m")
     planned = [name for name in read_sweep(path).get("cells", []) if name in found]
-    return [read_cell(found[name]) for name in [*planned, *sorted(found.keys() - set(planned))]]
+    names = [*planned, *sorted(found.keys() - set(planned))]
+    if not is_compact(path):
+        return [read_cell(found[name]) for name in names]
+    rows = load_runs(path).dropna(subset="step").groupby("run").tail(1).to_dict("records")
+    last = {row["run"]: {str(key): value for key, value in row.items()} for row in rows}
+    return [_cell_state(found[name], last.get(name, {})) for name in names]
 
 
 def summary(cells: Sequence[CellState]) -> str:
@@ -104,14 +112,18 @@ def table(cells: Sequence[CellState]) -> Group:
         rows.add_row(
             cell.label if labels[cell.label] == 1 else cell.name,  # variants of an algorithm share their label
             Text(_SHOWN.get(cell.status, cell.status), style=_STYLES.get(cell.status, "")),
-            _number(cell.step, "d"),
+            _number(cell.step, ".0f"),
             _number(cell.reward, ".3f"),
             _number(cell.clip_fraction, ".2e"),
             _number(cell.spent, ".0%"),
             _duration(cell.seconds_left) if cell.status == "running" else "",
         )
-    reasons = (f"{cell.label} {cell.status}: {cell.reason}" for cell in cells if cell.reason)
-    return Group(Text(summary(cells)), rows, *map(Text, reasons))
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.reason:
+            reasons.setdefault(f"{cell.status}: {cell.reason}", []).append(cell.label)
+    told = (f"{', '.join(dict.fromkeys(labels))} {reason}" for reason, labels in reasons.items())
+    return Group(Text(summary(cells)), rows, *map(Text, told))
 
 
 def make_console() -> Console:

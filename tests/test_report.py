@@ -220,7 +220,7 @@ def test_what_is_asked_for_is_said_and_made_again_by_the_command_in_the_page(tmp
     for text in (Page((report / "report.html").read_text()).text, (report / "report.md").read_text()):
         assert "Filtered by algorithm=grpo,ppo and seed=0,1,2: 6 of 12 cells" in text
         assert "largest that all finished runs reached: 1.28 thousand on tiny_dense" in text
-        assert "area under the curve of training reward, of which more counts as better" in text
+        assert "area under the curve of training reward: better means more of it" in text
         assert "against the baseline grpo alone" in text
         assert "On tiny_dense, against grpo on area under the curve of training reward: ppo is not ranked" in text
     _run(*_made_by(report))

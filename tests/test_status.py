@@ -1,6 +1,7 @@
 """What the terminal says about a sweep, from its folder alone."""
 
 import io
+import json
 import os
 import re
 import socket
@@ -12,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from harness.runs.directory import RunDirectory
-from harness.runs.reading import NoRuns
+from harness.runs.reading import NoRuns, load_runs
 from harness.status import read_cells, summary
 from harness.sweep.progress import Progress
 
 _ROOT = Path(__file__).parents[1]
+_REFERENCE = _ROOT / "results" / "reference"
 
 
 def _cell(folder, label, **fields):
@@ -83,14 +85,22 @@ def test_the_command_names_every_cell_and_why_some_did_not_train(tmp_path):
     _cell(tmp_path, "gspo-s0", status="done")
     _cell(tmp_path, "ppo-s0", status="failed", reason="ValueError: [bold]boom[/bold]")
     _cell(tmp_path, "replay-s0", status="skipped", reason="nothing to replay")
+    _cell(tmp_path, "replay-s1", status="skipped", reason="nothing to replay")
     _cell(tmp_path, "grpo-s0", status="running", pid=gone.pid, host=socket.gethostname())
     shown = _status(tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "4 cells: 1 failed, 1 interrupted, 1 done, 1 skipped" in shown.stdout
+    assert "5 cells: 1 failed, 1 interrupted, 1 done, 2 skipped" in shown.stdout
     for cell, status in (("gspo", "done"), ("ppo", "failed"), ("replay", "skipped"), ("grpo", "interrupted")):
         assert re.search(rf"^{cell}-s0 +{status}", shown.stdout, re.MULTILINE)
     assert "ppo-s0 failed: ValueError: [bold]boom[/bold]" in shown.stdout
-    assert "replay-s0 skipped: nothing to replay" in shown.stdout
+    assert "replay-s0, replay-s1 skipped: nothing to replay" in shown.stdout
+
+
+def test_of_a_sweep_in_compact_form_the_last_steps_are_shown_too(tmp_path):
+    run = json.loads((_REFERENCE / "sweep.json").read_text())["cells"][0]
+    (cell,) = (cell for cell in read_cells(_REFERENCE) if cell.name == run)
+    last = load_runs(_REFERENCE).query("run == @run").iloc[-1]
+    assert (cell.step, cell.reward) == (last["step"], last["reward/mean"]) and cell.spent == pytest.approx(1, abs=0.02)
 
 
 def test_the_cells_stand_in_the_order_of_the_plan(tmp_path):

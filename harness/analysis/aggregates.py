@@ -36,7 +36,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         setting, variant, n, worst (of n: diverged or failed, and counted as the worst score), missing (left out, having
         no score), mean, mean_low, mean_high, iqm, iqm_low, iqm_high, worst_seed, worst_score. Intervals are NaN of
-        fewer than three runs (for all settings: two in each).
+        fewer than three runs (for all settings: two in each), of the interquartile mean of fewer than eight.
     """
     lines: list[dict[str, Any]] = []
     for setting, variant, here in _groups(rows):

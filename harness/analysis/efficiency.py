@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from harness.analysis.aggregates import summary
-from harness.analysis.decisions import MARGIN
 from harness.analysis.intervals import median_interval, share_interval
 from harness.analysis.scores import COUNTED, Metric, axes, common_budget, histories, scores
 from harness.analysis.sweep import Sweep
@@ -33,7 +32,7 @@ class EqualBudget:
 
 
 def equal_budgets(
-    sweep: Sweep, metric: Metric, margin: float = MARGIN, baseline: str | None = None
+    sweep: Sweep, metric: Metric, margin: float | None = None, baseline: str | None = None
 ) -> list[EqualBudget]:
     """Compare at an equal budget on every axis that is recorded with the metric, the one that ended the runs first.
 

@@ -17,12 +17,14 @@ from harness.analysis.efficiency import (
     run_times,
     time_to_target,
 )
+from harness.analysis.fairness import speed_checks
 from harness.analysis.scaling import ScalingFit, scaling_fits
 from harness.analysis.scores import Metric, headline_metric, histories, scores
 from harness.analysis.sweep import Sweep
 from harness.analysis.verdicts import Verdict, verdicts
 
 _REWARD = Metric("runs", "reward/mean")
+_SECONDS = "device_seconds"
 
 
 def headline_label(sweep: Sweep) -> str:
@@ -81,8 +83,21 @@ def headline_scaling_fits(sweep: Sweep) -> list[ScalingFit]:
 
 
 def axis_sentences(sweep: Sweep) -> list[str]:
-    """One per setting with something to compare: whether who is in front changes with the axis of the budget."""
-    return axis_findings(headline_equal_budgets(sweep))
+    """One per setting with something to compare: whether who is in front changes with the axis of the budget.
+
+    Seconds are left out, and that is said, where the machine was not equally fast for all.
+    """
+    found, doubt = headline_equal_budgets(sweep), seconds_doubt(sweep)
+    if not doubt:
+        return axis_findings(found)
+    return [*axis_findings([one for one in found if one.axis != _SECONDS]), doubt]
+
+
+def seconds_doubt(sweep: Sweep) -> str:
+    """What is to be said of device seconds where they were not measured alike; nothing where they were."""
+    if sweep.axis == _SECONDS or all(check.equal for check in speed_checks(sweep)):
+        return ""
+    return "Device seconds tell little here: the machine was not equally fast for all (see what was equal)."
 
 
 def _level(sweep: Sweep) -> Metric | None:

@@ -16,9 +16,10 @@ from harness.analysis.evidence import (
     headline_scaling_fits,
     headline_scores,
     headline_verdicts,
+    seconds_doubt,
 )
 from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
-from harness.analysis.panels import legend, panels, title
+from harness.analysis.panels import absent_cells, legend, panels, title
 from harness.analysis.scaling import ScalingFit
 from harness.analysis.style import Drawing, Look, Unit, looks, unit
 from harness.analysis.sweep import Sweep
@@ -38,6 +39,7 @@ def pairwise(sweep: Sweep) -> Drawing | None:
     if not pairs:
         return None
     shown = [pair for setting in sweep.settings for pair in _shown(sweep, pairs, setting)]
+    margin = shown[0].margin
     data = pd.DataFrame(map(vars, shown))[[*_PAIR, "n", "outcome", "difference", "low", "high"]]
     chances = headline_improvements(sweep).drop(columns="n")
     data = data.merge(chances, on=_PAIR, suffixes=("", "_of_probability"))
@@ -51,8 +53,9 @@ def pairwise(sweep: Sweep) -> Drawing | None:
             _draw_interval(difference, place, (line["low"], line["difference"], line["high"]), color, filled=filled)
             of_chance = (line["low_of_probability"], line["probability"], line["high_of_probability"])
             _draw_interval(chance, place, of_chance, color, filled=filled)
-        difference.axvspan(-shown[0].margin, shown[0].margin, color="#e9e9e9", zorder=0)
-        difference.locator_params(axis="x", nbins=6)
+        if margin:
+            difference.axvspan(-margin, margin, color="#e9e9e9", zorder=0)
+        difference.locator_params(axis="x", nbins=4)
         chance.set_xlim(-0.03, 1.03)
         for axes, middle in ((difference, 0.0), (chance, 0.5)):
             axes.axvline(middle, color="#888888", linewidth=0.8)
@@ -61,9 +64,10 @@ def pairwise(sweep: Sweep) -> Drawing | None:
     grid[-1, 0].set_xlabel(f"Difference in {headline_label(sweep)}")
     grid[-1, 1].set_xlabel("Chance that the first is higher")
     left_out = f" Of a model with more than {_MOST_PAIRS} pairs only those with the variant that has the highest mean."
+    band = f"; within the grey band, ±{margin:g}, it does not matter" if margin else ""
     caption = (
         f"{headline_label(sweep)} at the end of the budget. Left: mean difference of runs that share a seed, first "
-        f"minus second, with its 95 % t interval; within the grey band, ±{shown[0].margin}, it does not matter. Right: "
+        f"minus second, with its 95 % t interval{band}. Right: "
         "probability that a run of the first scores higher than a run of the second, with Newcombe's 95 % interval. "
         f"Filled, in the colour of the better one: better by verdict (paired t test, after Holm for the pairs of a "
         f"model); open: undecided, or no difference that matters. {_n(data['n'], 'pairs of runs')}. {_WORST}."
@@ -100,6 +104,9 @@ def equal_budget(sweep: Sweep) -> Drawing | None:
         f"is better by verdict (paired t test, after Holm); bars: 95 % bootstrap interval of the mean ({RESAMPLES:,} "
         f"resamples), where n is 3 or more. {_n(data['n'], 'runs')}. {_WORST}."
     )
+    absent = absent_cells(sweep, settings)
+    caption += f" Without a point: {absent}." if absent else ""
+    caption = f"{caption} {seconds_doubt(sweep)}".strip()
     return Drawing("equal_budget", "Equal budgets on every axis", caption, figure, data)
 
 

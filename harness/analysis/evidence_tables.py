@@ -15,6 +15,7 @@ from harness.analysis.evidence import (
     headline_scores,
     headline_times,
     level_label,
+    seconds_doubt,
 )
 from harness.analysis.scaling import scaling_frame
 from harness.analysis.style import unit
@@ -35,8 +36,8 @@ def score_summary(sweep: Sweep) -> Table:
     }  # fmt: skip
     note = (
         f"{headline_label(sweep)} at the end of the budget. IQM: interquartile mean, of the runs without the highest "
-        f"and the lowest quarter. low, high: {_BOOTSTRAP}; for all settings together, resampled within each. {_WORST} "
-        "(went wrong); those that are not over have no score (missing)."
+        f"and the lowest quarter. low, high: {_BOOTSTRAP} (for the IQM: 8 or more); for all settings together, "
+        f"resampled within each. {_WORST} (went wrong); those that are not over have no score (missing)."
     )
     numbers = ("mean", "low", "high", "IQM", "IQM low", "IQM high", "worst")
     formats = {**dict.fromkeys(numbers, "{:.3f}"), "its seed": "{:.0f}"}
@@ -75,8 +76,8 @@ def equal_budget_winners(sweep: Sweep) -> Table:
     note = (
         f"{headline_label(sweep)} where all had spent equally much on an axis: the most that every finished run of the "
         "model had spent on it, interpolated between measurements. Unbeaten: no other is better by verdict (paired t "
-        "test, after Holm for the pairs of the model on that axis)."
-    )
+        f"test, after Holm for the pairs of the model on that axis). {seconds_doubt(sweep)}"
+    ).strip()
     return Table("equal_budget_winners", "In front at an equal budget", note, _in_order(sweep, pd.DataFrame(rows)))
 
 

@@ -11,6 +11,7 @@ from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_summary
 
 _SECTIONS = ("budget", "rollout", "evaluation", "device", "threads")  # must be equal in all cells
+_SPEEDS = 1.25  # that the update's medians may lie apart, whose work is the same for all
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def checks(sweep: Sweep) -> list[Check]:
     """Hold the cells that ran against the fairness contract. Skipped and planned cells have run nothing."""
     cells = _that_ran(sweep.cells)
     seeds = [_seeds(sweep, setting, group) for setting, group in _by(sweep.cells, "setting")]
-    return [*_same_problem(cells), *seeds, *_same_conditions(cells), _trials(sweep)]
+    return [*_same_problem(cells), *seeds, *_same_conditions(cells), *speed_checks(sweep), _trials(sweep)]
 
 
 def comparability(cells: pd.DataFrame) -> list[Check]:
@@ -35,10 +36,32 @@ def comparability(cells: pd.DataFrame) -> list[Check]:
     return [*_same_problem(cells), *_same_conditions(cells)]
 
 
+def speed_checks(sweep: Sweep) -> list[Check]:
+    """Whether the machine was as fast for one variant as for another; where it was not, seconds tell little.
+
+    The update does the same work for each model FLOP whatever the algorithm, up to a few per cent.
+    """
+    if not {"flops/update", "seconds/update"} <= set(sweep.cells):
+        return []
+    done = sweep.finished(sweep.cells)
+    speeds = (done["flops/update"] / done["seconds/update"]).groupby([done["setting"], done["variant"]], sort=False)
+    found = []
+    for setting, medians in speeds.median().dropna().groupby("setting", sort=False):
+        by_variant = medians.droplevel("setting")
+        equal = bool(by_variant.max() <= _SPEEDS * by_variant.min())
+        listed = ", ".join(f"{variant} {speed * 1e-9:.3g}" for variant, speed in by_variant.items())
+        doubt = "" if equal else "; seconds say as much of what else the machine did as of the algorithms"
+        detail = f"{listed} (model GFLOP a second of the update, medians over runs){doubt}"
+        found.append(Check(f"speed of the machine on {setting}", equal, detail))
+    return found
+
+
 def algorithm_differences(sweep: Sweep) -> Table:
-    """The algorithm settings in which the variants differ, side by side."""
+    """The algorithm settings in which the variants that ran differ, side by side."""
     settings: dict[str, dict[str, list[Any]]] = {}
-    for variant, config in zip(sweep.cells["variant"], sweep.cells["config"], strict=True):
+    cells = _that_ran(sweep.cells)
+    cells = sweep.cells if cells.empty else cells
+    for variant, config in zip(cells["variant"], cells["config"], strict=True):
         for key, value in flatten(_section(config, "algorithm")).items():
             if key not in ("name", "source"):
                 settings.setdefault(key, {}).setdefault(variant, []).append(value)
@@ -91,7 +114,7 @@ def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
         return Check(what, False, "not recorded")
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: distinct([settings.get(key) for settings in flat]) for key in keys}
-    differing = [f"{key}: {', '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]
+    differing = [f"{key}: {' against '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]
     if differing:
         return Check(what, False, "; ".join(differing))
     return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in keys))

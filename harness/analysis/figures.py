@@ -111,9 +111,12 @@ def downstream_accuracy(sweep: Sweep) -> Drawing | None:
     first = by_task[tasks[0]]
     figure.align_ylabels()
     legend(figure, looks(sweep), _variants(sweep, first))
+    errors = ", ".join(
+        f"{error:.3f} ({task})" for task, error in rows.groupby("eval_task", sort=False)["stderr"].mean().items()
+    )
     noise = (
-        f"One score is over {rows['n'].median():.0f} problems, the same for all, and has a standard error of about "
-        f"{rows['stderr'].mean():.3f}, which the interval over seeds does not include."
+        f"One score is over {rows['n'].median():.0f} problems, with a standard error of {errors}; they are the same "
+        "for all, and their choice is not in the interval."
     )
     where = f"at fractions of the budget, the last within the limit of {budget.text(sweep.limit)}"
     if sweep.limits:
@@ -196,16 +199,18 @@ def expert_change(sweep: Sweep) -> Drawing | None:
         right.set(title=f"{title(setting)}: reward", ylabel="Training reward")
     for column in range(3):
         axes[-1, column].set_xlabel(budget.label)
-    legend(figure, look, _variants(sweep, native))
+    beside = {key: line for key, line in reward.items() if key[1] in settings}
+    legend(figure, look, _variants(sweep, beside))
+    unseen = [name for name in _variants(sweep, beside) if name not in _variants(sweep, native)]
     replay = f" What the optimizer steps used instead is drawn too, for {'; '.join(fixed)}." if fixed else ""
+    alone = f", and of {', '.join(unseen)}, which makes no pass in which choices are recorded" if unseen else ""
     caption = (
         "Left: fraction of completion tokens for which the policy, after the last optimizer step on a rollout batch, "
         "chooses in any layer an expert that the rollout's policy did not choose. Middle: the fraction of all choices "
         f"that are such.{replay} Right: training "
-        f"reward of the same runs. All {_until(sweep, budget)}. "
+        f"reward of the same runs{alone}. All {_until(sweep, budget)}. "
         f"{runs_note(sweep, native)}"
     )
-    beside = {key: line for key, line in reward.items() if key[1] in settings}
     drawn = {UPDATE_TOKEN_CHANGE: tokens, UPDATE_EXPERT_CHANGE: native, USED_EXPERT_CHANGE: replayed, REWARD: beside}
     data = drawn_points(drawn, sweep.axis)
     return Drawing("expert_change", "Expert change per update, and reward", caption, figure, data)
@@ -233,8 +238,9 @@ def training_dynamics(sweep: Sweep) -> Drawing | None:
     figure.align_ylabels()
     legend(figure, looks(sweep), _variants(sweep, first))
     caption = (
-        f"Mean token entropy, norm of the policy's gradient before it is scaled down (log axis) and largest importance "
-        f"ratio at the level at which each algorithm takes it (log axis), {_until(sweep, budget)}. "
+        "Mean token entropy, norm of the policy's gradient before it is scaled down, and largest importance ratio at "
+        f"the level at which each algorithm takes it, {_until(sweep, budget)}; norm and ratio on a log axis where they "
+        "span more than a factor of two. "
         f"{runs_note(sweep, first)}"
     )
     return Drawing("training_dynamics", "Training dynamics", caption, figure, drawn_points(by_metric, sweep.axis))

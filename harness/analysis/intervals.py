@@ -9,6 +9,7 @@ from scipy import stats
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 MIN_RUNS_FOR_INTERVAL = 3  # with two, an interval of their mean is anything
+MIN_RUNS_FOR_TRIMMED = 8  # with fewer, a trimmed mean's interval can lie far outside of the runs themselves
 MEAN, INTERQUARTILE = 0.0, 0.25  # the share of runs that a trimmed mean leaves out at either end
 _Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 _NEAREST = 0.92  # coverage of the range of the runs below which it is no 95 % interval of their median
@@ -72,11 +73,12 @@ def trimmed_interval(strata: list[np.ndarray], cut: float) -> Interval:
     (Agarwal et al. 2021), whose standard error is that of the winsorised runs (Tukey and McLaughlin 1963).
 
     Args:
-        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs, or one run in a stratum,
-            or where those that are left are equal and those left out are not: the spread is then unknown, and not 0.
+        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs (eight where the cut leaves
+            some out), or one run in a stratum, or where those that are left are equal and those left out are not: the
+            spread is then unknown, and not 0.
     """
     sizes, values = tuple(map(len, strata)), np.concatenate(strata)
-    if len(values) < MIN_RUNS_FOR_INTERVAL or min(sizes) < 2:
+    if len(values) < (MIN_RUNS_FOR_TRIMMED if cut else MIN_RUNS_FOR_INTERVAL) or min(sizes) < 2:
         return NONE._replace(value=float(stats.trim_mean(values, cut)) if len(values) else np.nan)
     index, noise = _draws(sizes)
     value, error, by_run = _trimmed(values, sizes, cut)

@@ -1,6 +1,6 @@
 """Curves in panels, and the words that a caption owes the reader about them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -75,10 +75,11 @@ def drawn_points(by_metric: Mapping[str, Curves], axis: str) -> pd.DataFrame:
 def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
     """A log axis that starts a decade below the smallest drawn value at most: a band that reaches 0 leaves it below.
 
-    Where every value is 0 the axis stays linear, since nothing could be drawn.
+    The axis stays linear where every value is 0, since nothing could be drawn, and where all lie within a factor of
+    two, of which its ticks would show nothing.
     """
     drawn = [value for curve in curves for value in _drawn(curve)]
-    if drawn:
+    if drawn and max(drawn) > 2 * min(drawn):
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.9 * 10.0 ** np.floor(np.log10(min(drawn)) + 1e-9), top=max(drawn) * 1.6)
 
@@ -117,7 +118,7 @@ def runs_note(sweep: Sweep, curves: Curves) -> str:
             f"{unfinished} runs that did not finish are thin lines ending"
         )  # fmt: skip
         parts.append(f"{runs} in ×, in no mean.")
-    absent = _absent(sweep, curves)
+    absent = absent_cells(sweep, {setting for _, setting in curves})
     if absent:
         parts.append(f"Without a line: {absent}.")
     return " ".join(parts)
@@ -145,9 +146,8 @@ def _n(n: int) -> str:
     return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n}"
 
 
-def _absent(sweep: Sweep, curves: Curves) -> str:
-    """Cells that left nothing to draw, by status."""
-    settings = {setting for _, setting in curves}
+def absent_cells(sweep: Sweep, settings: Collection[str]) -> str:
+    """The cells of these settings that left nothing to draw, by status."""
     bare = sweep.cells[~sweep.cells["run"].isin(sweep.runs["run"]) & sweep.cells["setting"].isin(settings)]
     names = []
     for variant, setting, cells in sweep.groups(bare):

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from harness.analysis.decisions import MARGIN
 from harness.analysis.sweep import Sweep, columns_of, common_budget
 from harness.errors import ConfigError
 from harness.runs.reading import IDENTITY
@@ -39,6 +40,11 @@ class Metric:
         """As it stands in a sentence."""
         words = {"reward/mean": "training reward"}.get(self.name, self.name)
         return f"area under the curve of {words}" if self.summary == "area" else words
+
+    @property
+    def margin(self) -> float:
+        """Differences inside of it do not matter: of scores and rewards, which lie between 0 and 1; 0 of all else."""
+        return MARGIN if self.source == "evaluations" or self.name.startswith("reward/") else 0.0
 
 
 def headline_metric(sweep: Sweep) -> Metric | None:

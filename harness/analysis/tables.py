@@ -35,6 +35,7 @@ from harness.analysis.style import budget_text, unit
 from harness.analysis.sweep import Sweep, columns_of, stopped_at
 from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_sensitivity, tuning_trials
+from harness.analysis.verdicts import Verdict
 
 _SAMPLES = 2  # at each evaluation point that is shown
 _STEPS = {"steps a run": "{:.0f}"}
@@ -83,15 +84,24 @@ def verdict_table(sweep: Sweep) -> Table:
     ]  # fmt: skip
     note = (
         f"{found[0].metric if found else 'Score'}: first minus second on equal seeds, with the 95 % t interval of "
-        "the mean difference, which is not corrected for many comparisons; p of the paired t test, after Holm for all "
-        f"pairs of a model. Better or worse: p at most 0.05 and not within ±{MARGIN}. Equivalent: the interval lies "
-        f"within ±{MARGIN}. Too few: so few pairs decide nothing. Further seeds: those that would decide it with a "
-        "probability of 80 %, were difference and spread as measured. Runs that diverged or failed count as the worst."
+        "the mean difference, which is not corrected for many comparisons; p of the paired t test, after Holm for the "
+        f"pairs of a model that stand here. {_decided(found)} Too few: so few pairs decide nothing. Further seeds: "
+        "those that would decide it with a probability of 80 %, were difference and spread as measured. Runs that "
+        "diverged or failed count as the worst."
     )
     if sweep.limits:
         note += f" At an equal budget of {sweep.axis}: {budget_text(sweep)}."
     formats = dict.fromkeys(("difference", "low", "high"), "{:+.3f}")
     return Table("verdicts", "Verdicts", note, pd.DataFrame(rows), formats)
+
+
+def _decided(found: list[Verdict]) -> str:
+    margin = found[0].margin if found else MARGIN
+    if not margin:
+        return "Better or worse: more or less of it, with p at most 0.05; it is no score for which a margin is known."
+    return (
+        f"Better or worse: p at most 0.05 and not within ±{margin:g}. Equivalent: the interval lies within ±{margin:g}."
+    )
 
 
 def final_scores(sweep: Sweep) -> Table:

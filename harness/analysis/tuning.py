@@ -1,6 +1,7 @@
 """How the algorithms of a sweep were tuned: every trial, what was chosen, and how much the choice decides."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def trial_runs(sweep: Sweep) -> pd.DataFrame:
         The columns of :func:`harness.runs.trials.trial_scores`, and setting, and chosen (whether the comparison took
         this trial's settings).
     """
-    folders = [path / TRIALS for path in sweep.paths if (path / TRIALS).is_dir()]
+    folders = _folders(sweep)
     if not folders:
         return pd.DataFrame(columns=[*_KEYS, "seed", "status", "run", "score", "settings", "chosen"])
     runs = pd.concat([_with_choice(trial_scores(folder)) for folder in folders], ignore_index=True)
@@ -98,8 +99,8 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
                 panel.plot(own["value"], own["score"], ".", color=style.color, alpha=0.45, markersize=5)
                 chosen = means[means.index.isin(own.loc[own["chosen"], "value"])]
                 panel.plot(
-                    chosen.index, chosen, "o", markersize=9, markeredgecolor=style.color, markerfacecolor="none",
-                    markeredgewidth=1.6,
+                    chosen.index, chosen, "o", markersize=7 + 3 * algorithms.index(str(name)), markerfacecolor="none",
+                    markeredgecolor=style.color, markeredgewidth=1.4,
                 )  # fmt: skip
                 lost = own.loc[np.isneginf(own["score"]), "value"]
                 panel.plot(lost, [0.03] * len(lost), "x", color=style.color, transform=panel.get_xaxis_transform())
@@ -115,8 +116,8 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
     caption = (
         f"Mean training reward over each trial's budget ({unit(sweep.axis, spent).text(spent)} at most) against the "
         f"setting that was searched. Dots: single runs, seeds {', '.join(map(str, seeds))}, which no comparison uses; "
-        "lines: their mean, without interval; rings: the trial that the comparison took; "
-        "×: a run that diverged or failed."
+        "lines: their mean, without interval; rings, one size for each algorithm: the trial that the comparison took"
+        f"{'; ×: a run that diverged or failed' if np.isneginf(points['score']).any() else ''}."
     )
     return Drawing("sensitivity", "Sensitivity to tuning", caption, figure, points)
 
@@ -124,6 +125,8 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
 def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     """Whether all algorithms were tuned alike, and in words: how, or that they were not."""
     runs = trial_runs(sweep)
+    if runs.empty and _folders(sweep):
+        return False, "the trials of this sweep are all of cells that are not shown or were skipped"
     if runs.empty:
         return False, "not tuned in this sweep: every algorithm ran with the settings of its entry"
     ran = sweep.cells[sweep.cells["status"] != "skipped"]
@@ -140,7 +143,7 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     spent = unit(sweep.axis, runs[axis].max()).text(runs[axis].mean())
     return True, (
         f"{trials.iloc[0]} trials of each algorithm on each model, seeds {', '.join(map(str, seeds[0]))}, "
-        f"{spent} a run on average; the best by the area under the reward curve"
+        f"{spent} ({sweep.axis}) a run on average; the best by the area under the reward curve"
     )
 
 
@@ -148,6 +151,10 @@ def tuning_sentence(sweep: Sweep) -> str:
     """For the reader of a verdict: how the settings came about that it compares."""
     alike, how = tuning_summary(sweep)
     return f"Tuned alike: {how}." if alike else f"{how[0].upper()}{how[1:]}."
+
+
+def _folders(sweep: Sweep) -> list[Path]:
+    return [path / TRIALS for path in sweep.paths if (path / TRIALS).is_dir()]
 
 
 def _with_choice(runs: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,6 @@ import pandas as pd
 
 from harness.analysis.decisions import (
     LEVEL,
-    MARGIN,
     MOST_SEEDS,
     Differences,
     differences,
@@ -66,15 +65,21 @@ class Verdict:
 
 
 def verdicts(
-    rows: pd.DataFrame, metric: Metric, variants: Sequence[str], margin: float = MARGIN, baseline: str | None = None
+    rows: pd.DataFrame,
+    metric: Metric,
+    variants: Sequence[str],
+    margin: float | None = None,
+    baseline: str | None = None,
 ) -> list[Verdict]:
     """Compare the variants of each setting, all with all, or all with a baseline.
 
     Args:
         rows: as :func:`harness.analysis.scores.scores` returns them.
         variants: in the order in which pairs are named.
-        margin: of the metric; a difference whose interval lies inside ±margin counts as none, even if it is certain.
+        margin: the metric's own if None; a difference whose interval lies inside ±margin counts as none, even if it is
+            certain.
     """
+    margin = metric.margin if margin is None else margin
     found = []
     for setting, here in rows.groupby("setting", sort=False):
         compared = pairs(here, variants, baseline)

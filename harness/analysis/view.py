@@ -44,6 +44,8 @@ def viewed(
     sweep = replace(sweep, metric=metric, baseline=baseline, claims=claims)
     load_claims(claims)  # raises where a file is wrong, before anything is written
     headline = headline_metric(sweep)  # raises where there is no such metric
+    if metric is not None and headline is not None:
+        _check_compared(sweep, headline)
     if axis is None:
         return sweep
     if headline is not None and axis not in axes(sweep, headline):
@@ -52,6 +54,14 @@ def viewed(
             f"{', '.join(axes(sweep, headline)) or 'none'}"
         )
     return on_axis(sweep, axis)
+
+
+def _check_compared(sweep: Sweep, metric: Metric) -> None:
+    """Refuse to compare by what one variant alone has."""
+    known = scores(sweep, metric).dropna(subset="score")
+    those = distinct(list(known["variant"]))
+    if len(those) == 1 and len(sweep.variants) > 1:
+        raise ConfigError(f"metric {metric.name}: {those[0]} alone has it, so that there is nothing to compare")
 
 
 def filtered(sweep: Sweep, filters: Sequence[str]) -> Sweep:
@@ -66,7 +76,9 @@ def filtered(sweep: Sweep, filters: Sequence[str]) -> Sweep:
     """
     cells = sweep.cells
     for one in filters:
-        key, _, text = one.partition("=")
+        key, given, text = one.partition("=")
+        if not given:
+            raise ConfigError(f"filter {one}: give KEY=VALUE, e.g. --filter model=tiny_moe")
         wanted, found = next(csv.reader([text], skipinitialspace=True), []), _values(cells, key)
         cells = cells[[any(_same(value, name) for name in wanted) for value in found]]
         if cells.empty:
@@ -133,7 +145,7 @@ def notes(sweep: Sweep) -> list[str]:
         )
     metric = headline_metric(sweep)
     if sweep.metric is not None and metric is not None:
-        said.append(f"Verdicts are about {metric.label}, of which more counts as better.")
+        said.append(f"Verdicts are about {metric.label}: better means more of it.")
     if sweep.baseline is not None:
         said.append(f"Verdicts are against the baseline {sweep.baseline} alone.")
     return said

@@ -1,6 +1,8 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
+from harness.analysis.evidence import axis_sentences
 from harness.analysis.fairness import Check, algorithm_differences, checks
 from harness.analysis.sweep import Sweep, read_sweep
 from tests.analysis.synthetic import Cell, write_sweep
@@ -30,7 +32,7 @@ def test_a_setting_that_should_be_equal_is_named_with_its_values(tmp_path: Path)
     warm = {"rollout": {"engine": "embedded", "completions_per_batch": 256, "temperature": 0.7}}
     cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0, config=warm)]
     found = by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))
-    assert found["rollout settings"] == Check("rollout settings", False, "rollout.temperature: 1, 0.7")
+    assert found["rollout settings"] == Check("rollout settings", False, "rollout.temperature: 1 against 0.7")
     assert found["budget settings"].equal
 
 
@@ -47,3 +49,16 @@ def test_only_settings_that_differ_stand_side_by_side(sweep: Sweep) -> None:
     assert frame.loc["completions_per_prompt", "ppo"] == "1"
     assert frame.loc["critic.learning_rate", "ppo"] == "0.001"
     assert "minibatches" not in frame.index
+
+
+def test_seconds_are_doubted_where_the_same_work_took_one_variant_much_longer(sweep: Sweep) -> None:
+    alike = [check for check in checks(sweep) if check.what.startswith("speed of the machine")]
+    assert [check.equal for check in alike] == [True, True]
+    slow = (sweep.cells["variant"] == "gspo") & (sweep.cells["setting"] == "tiny_moe")
+    seconds = sweep.cells["seconds/update"].where(~slow, 1.5 * sweep.cells["seconds/update"])
+    doubted = replace(sweep, cells=sweep.cells.assign(**{"seconds/update": seconds}))
+    dense, moe = (check for check in checks(doubted) if check.what.startswith("speed of the machine"))
+    assert dense.equal and not moe.equal and "seconds say as much of what else the machine did" in moe.detail
+    said = axis_sentences(doubted)
+    assert said[-1].startswith("Device seconds tell little here")
+    assert not any("device seconds" in sentence for sentence in said[:-1])

@@ -103,7 +103,7 @@ def test_the_bootstrap_interval_is_the_same_every_time_and_taken_pointwise() -> 
 
 
 def test_it_moves_and_stretches_with_the_scores() -> None:
-    runs = np.array([0.2, 0.5, 0.3, 0.45, 0.7])
+    runs = np.array([0.2, 0.5, 0.3, 0.45, 0.7, 0.35, 0.6, 0.25])
     low, high = bootstrap_interval(runs)
     assert bootstrap_interval(10 * runs - 3) == pytest.approx((10 * low - 3, 10 * high - 3))
     assert trimmed_interval([10 * runs - 3], INTERQUARTILE) == pytest.approx(
@@ -114,12 +114,18 @@ def test_it_moves_and_stretches_with_the_scores() -> None:
 def test_runs_that_are_all_equal_leave_no_doubt() -> None:
     low, high = bootstrap_interval(np.array([[0.5, 1.0], [0.5, 2.0], [0.5, 3.0]]))
     assert (low[0], high[0]) == (0.5, 0.5) and low[1] < 2 < high[1]
-    assert trimmed_interval([np.full(4, 0.5)], INTERQUARTILE) == (0.5, 0.5, 0.5)
+    assert trimmed_interval([np.full(8, 0.5)], INTERQUARTILE) == (0.5, 0.5, 0.5)
 
 
 def test_equal_runs_in_the_middle_of_others_leave_the_spread_unknown() -> None:
-    found = trimmed_interval([np.array([0.2, 0.5, 0.5, 0.9])], INTERQUARTILE)
+    found = trimmed_interval([np.array([0.1, 0.2, 0.5, 0.5, 0.5, 0.5, 0.8, 0.9])], INTERQUARTILE)
     assert found.value == 0.5 and np.isnan([found.low, found.high]).all()
+
+
+def test_an_interquartile_mean_of_a_few_runs_has_no_interval() -> None:
+    found = trimmed_interval([np.array([0.852, 0.868, 0.876, 0.885, 0.898])], INTERQUARTILE)
+    assert found.value == pytest.approx(0.8763, abs=1e-4) and np.isnan([found.low, found.high]).all()
+    assert not np.isnan(trimmed_interval([np.linspace(0.85, 0.9, 8)], INTERQUARTILE)).any()
 
 
 def test_two_runs_or_one_in_a_stratum_have_a_value_but_no_interval() -> None:

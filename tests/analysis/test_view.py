@@ -142,6 +142,8 @@ def test_a_filter_that_finds_nothing_says_what_there_is(sweep: Sweep) -> None:
         filtered(sweep, ["algorithm=dapo"])
     with pytest.raises(ConfigError, match="filter seed=2: .* one of 0, 1$"):
         filtered(sweep, ["seed=0,1", "seed=2"])
+    with pytest.raises(ConfigError, match="filter model: give KEY=VALUE"):
+        filtered(sweep, ["model"])
     with pytest.raises(ConfigError, match="filter algoritm: .* algorithm, variant, model, task, seed, status"):
         filtered(sweep, ["algoritm=ppo"])
 
@@ -157,9 +159,19 @@ def test_what_is_looked_at_is_said_and_can_be_asked_for_again(sweep: Sweep) -> N
     assert "Filtered by algorithm=grpo,gspo and seed=1: 4 of 24 cells" in said
     assert "an equal budget of queries" in said and "ended at 1 TFLOP (flops)" in said
     assert "1.28 thousand on tiny_dense, 1.28 thousand on tiny_moe" in said
-    assert "area under the curve of training reward, of which more counts as better" in said
+    assert "area under the curve of training reward: better means more of it" in said
     assert "the baseline grpo alone" in said
     assert arguments(found)[1:] == [
         "--metric", "area:reward/mean", "--axis", "queries", "--baseline", "grpo",
         "--filter", "algorithm=grpo,gspo", "--filter", "seed=1",
     ]  # fmt: skip
+
+
+def test_what_is_no_score_has_no_margin_and_what_one_alone_has_is_refused(sweep: Sweep) -> None:
+    assert {verdict.margin for verdict in headline_verdicts(viewed(sweep, metric="reward/mean"))} == {0.02}
+    about = viewed(sweep, metric="grad_norm")
+    assert {verdict.margin for verdict in headline_verdicts(about)} == {0.0}
+    assert "no score for which a margin is known" in verdict_table(about).note
+    runs = sweep.all_runs.assign(**{"critic/loss": sweep.all_runs["step"].where(sweep.all_runs["variant"] == "ppo")})
+    with pytest.raises(ConfigError, match="metric critic/loss: ppo alone has it"):
+        viewed(replace(sweep, all_runs=runs), metric="critic/loss")
