@@ -52,13 +52,15 @@ class Judge:
             old_logprobs, routes = self._old_logprobs(batch)
         ref_logprobs = self._reference(batch)
         old_values = self._values(batch)
-        token_rewards = rewards.tokens
         kl = self.config.algorithm.kl
-        if ref_logprobs is not None and kl.placement == "reward":
-            penalty = kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
-            token_rewards = token_rewards - penalty
         function, settings = part("advantage", self.config.algorithm.advantage)
-        advantages, returns = function(token_rewards, rewards.ends, batch.group_ids, batch.mask, old_values, **settings)
+        with self.meter.phase("reward"):
+            earned = rewards.tokens
+            if ref_logprobs is not None and kl.placement == "reward":
+                earned = earned - (
+                    kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
+                )
+            advantages, returns = function(earned, rewards.ends, batch.group_ids, batch.mask, old_values, **settings)
         return Targets(old_logprobs, advantages, ref_logprobs, old_values, returns, routes=routes)
 
     def _old_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

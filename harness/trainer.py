@@ -1,6 +1,7 @@
 """The one training loop. It is blind to which algorithm runs: all it sees are parts and settings."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Trainer:
             record_routes=self.algorithm.routing_replay == "R3",
         )
         self.prompts = PromptStream(config.task, config.seed, "train")
+        self._prompt_tokens(self.prompts.known)  # one that is too long is found now, not when its turn comes
         self.grader = Grader(config, self.tokenizer)
         self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
@@ -88,6 +90,15 @@ class Trainer:
                 "to disabled"
             )
         check_routing(self.policy)
+        task = self.config.task
+        asked = task.max_prompt_tokens + task.max_completion_tokens - 1  # nobody reads on from the last one
+        room = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and asked > room:
+            raise ConfigError(
+                f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_completion_tokens="
+                f"{task.max_completion_tokens} make sequences of up to {asked} tokens where "
+                f"{type(self.policy).__name__} has {room} positions (max_position_embeddings): lower one of the two"
+            )
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
         self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
 
@@ -147,6 +158,15 @@ class Trainer:
         return batch.select(rows), rewards.select(rows)
 
     def _rollout(self, problems: list[Problem], purpose: str) -> Batch:
+        prompts = self._prompt_tokens(problems)
+        group_size = self.algorithm.completions_per_prompt
+        with self.meter.phase("rollout"):
+            batch = self.engine.generate(prompts, group_size, self._generator(purpose))
+        flops = self.policy_cost.sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
+        self.meter.charge_flops("rollout", flops)
+        return batch
+
+    def _prompt_tokens(self, problems: Sequence[Problem]) -> list[list[int]]:
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
             if len(prompt) > self.config.task.max_prompt_tokens:
@@ -154,12 +174,7 @@ class Trainer:
                     f"task.max_prompt_tokens={self.config.task.max_prompt_tokens}: a prompt has {len(prompt)} tokens; "
                     f"raise the limit, or leave this prompt out of the data: {problem.prompt[:80]!r}"
                 )
-        group_size = self.algorithm.completions_per_prompt
-        with self.meter.phase("rollout"):
-            batch = self.engine.generate(prompts, group_size, self._generator(purpose))
-        flops = self.policy_cost.sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
-        self.meter.charge_flops("rollout", flops)
-        return batch
+        return prompts
 
     def _reward(self, problems: list[Problem], batch: Batch, purpose: str) -> Rewards:
         with self.meter.phase("reward"):
@@ -241,22 +256,27 @@ class Trainer:
         Args:
             before: the state before the latest step, for a fraction that this step has passed.
         """
-        while self.evaluated < len(self.fractions) and self.meter.fraction >= self.fractions[self.evaluated]:
-            fraction = self.fractions[self.evaluated]
-            now = self.snapshot()
+        reached = [fraction for fraction in self.fractions[self.evaluated :] if self.meter.fraction >= fraction]
+        if not reached:
+            return
+        now, scores = self.snapshot(), []
+        evaluated: dict[str, Any] | None = None
+        for fraction in reached:
             state = before if self.meter.fraction > fraction else now
-            self.policy.load_state_dict(state["weights"])
+            if state is not evaluated:  # a step may pass several fractions
+                self.policy.load_state_dict(state["weights"])
+                scores = evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
+                self.policy.load_state_dict(now["weights"])
+                evaluated = state
             where = {"fraction": fraction, "step": state["step"]}
             costs = {f"budget/{axis}": amount for axis, amount in state["spent"].items()}
-            scores = evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
-            self.policy.load_state_dict(now["weights"])
             self.directory.append_evaluations([where | score | costs for score in scores])
             self.log({f"eval/{score['task']}": score["score"] for score in scores}, state["step"])
             self.directory.append_samples([where | sample for sample in state["samples"]])
             self.evaluated += 1
-            if fraction == self.fractions[-1]:
-                final = {score["task"]: {key: score[key] for key in ("score", "stderr", "n")} for score in scores}
-                self.directory.update_status(scores=final)
+        if reached[-1] == self.fractions[-1]:
+            final = {score["task"]: {key: score[key] for key in ("score", "stderr", "n")} for score in scores}
+            self.directory.update_status(scores=final)
 
     def finish(self) -> None:
         """Leave the last state inside the budget as a Hugging Face model."""

@@ -74,6 +74,8 @@ def _import_plugin(plugin: str) -> None:
         import_module(plugin)
     except ImportError as error:
         raise ConfigError(f"plugins: cannot import {plugin} ({error}); is its folder on PYTHONPATH?") from error
+    except ValueError as error:  # of a part that cannot be registered
+        raise ConfigError(f"plugins: {plugin}: {error}") from error
 
 
 def _check_budget(budget: BudgetConfig) -> None:
@@ -122,19 +124,32 @@ def _check_ranges(run: RunConfig) -> None:
         "model.micro_batch_sequences": run.model.micro_batch_sequences,
         "evaluation.limit": run.evaluation.limit,
         "evaluation.batch_size": run.evaluation.batch_size,
-        **({"algorithm.critic.learning_rate": algorithm.critic.learning_rate} if algorithm.critic else {}),
     }
+    if algorithm.critic:
+        for setting in ("learning_rate", "max_grad_norm", "value_clip"):
+            positive = {**positive, f"algorithm.critic.{setting}": getattr(algorithm.critic, setting)}
     for key, value in positive.items():
         _require(math.isfinite(value) and value > 0, f"{key}={value}: must be a finite number above 0")
+    for setting in ("beta1", "beta2"):
+        value = getattr(optimizer, setting)
+        _require(0 <= value < 1, f"algorithm.optimizer.{setting}={value}: must be at least 0 and below 1")
+    for setting in ("epsilon", "weight_decay"):
+        value = getattr(optimizer, setting)
+        _require(math.isfinite(value) and value >= 0, f"algorithm.optimizer.{setting}={value}: must not be negative")
     _require(run.seed >= 0, f"seed={run.seed}: must not be negative")
     for fraction in run.evaluation.fractions:
         _require(0 <= fraction <= 1, f"evaluation.fractions has {fraction}: fractions of the budget lie in 0 to 1")
     _require(run.rollout.engine == "embedded", f"rollout.engine={run.rollout.engine}: the only engine is embedded")
-    for key, name in (("sweep", run.sweep), ("algorithm.name", algorithm.name), ("model.name", run.model.name)):
+    allowed = r"[A-Za-z0-9_.]+"
+    for key, name, pattern, letters in (
+        ("sweep", run.sweep, f"{allowed}(/{allowed})*", "letters, digits, '_' and '.'"),
+        ("algorithm.name", algorithm.name, allowed, "letters, digits, '_' and '.'"),
+        ("model.name", run.model.name, allowed, "letters, digits, '_' and '.'"),
+        ("task.name", run.task.name, r"[A-Za-z0-9_.-]+", "letters, digits, '_', '.' and '-'"),
+    ):
         _require(
-            bool(re.fullmatch(r"[A-Za-z0-9_.]+(/[A-Za-z0-9_.]+)*" if key == "sweep" else r"[A-Za-z0-9_.]+", name))
-            and ".." not in name,
-            f"{key}={name}: use letters, digits, '_' and '.', since it names a folder",
+            bool(re.fullmatch(pattern, name)) and ".." not in name,
+            f"{key}={name}: use {letters}, since it names a folder",
         )
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
+from tests.analysis import synthetic
 from tests.tiny_run import PLAIN
 
 _ROOT = Path(__file__).parents[1]
@@ -151,6 +153,23 @@ def test_a_frozen_plan_is_on_disk_before_anything_runs(tmp_path):
     assert (replay["status"], gspo["status"]) == ("skipped", "planned")
     assert "nothing to replay" in replay["reason"]
     assert load(tmp_path / "s" / sweep["cells"][1] / "config.yaml") == cells[1].config
+
+
+def test_cells_whose_tuning_declines_them_are_planned_beside_the_others(tmp_path):
+    rates = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+    lost = [
+        replace(synthetic.trial("gspo", trial, rate, 1000, gain=0.0), status="diverged", steps=10)
+        for trial, rate in enumerate(rates)
+    ]
+    kept = [synthetic.trial("grpo", trial, rate, 1000, gain=0.1 * trial) for trial, rate in enumerate(rates)]
+    synthetic.write_sweep(tmp_path / "tuned" / "trials", [*lost, *kept])
+    cells = _plan("experiment=tuned", "algorithm=gspo,grpo", "model=tiny_dense", "seed=0", f"results={tmp_path}")
+    freeze(tmp_path / "tuned", cells)
+    runs = {
+        run["algorithm"]: run for run in map(json.loads, map(Path.read_text, (tmp_path / "tuned").glob("*/run.json")))
+    }
+    assert {name: run["status"] for name, run in runs.items()} == {"gspo": "skipped", "grpo": "planned"}
+    assert "every trial of gspo" in runs["gspo"]["reason"] and runs["gspo"]["budget"]["axis"] == "flops"
 
 
 def test_how_a_cell_failed_stays_known_until_it_runs_again(tmp_path):

@@ -25,9 +25,10 @@ from harness.analysis.sweep import read_sweep
 from harness.cell import run_cell
 from harness.config import compose, load
 from harness.errors import ConfigError, Diverged
+from harness.evaluation import evaluate
 from harness.policy.loading import load_policy
 from harness.runs import load_runs
-from harness.runs.directory import METRICS, RunDirectory
+from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
 from harness.trainer import Trainer
 from tests.tiny_run import TINY, UPDATES, lines, numbers, planned, run
 
@@ -173,13 +174,45 @@ def test_a_full_disk_stops_a_run_before_compute(results, monkeypatch):
     assert lines(directory, METRICS) == []
 
 
+def test_sequences_that_the_model_has_no_positions_for_are_refused_before_compute(results):
+    directory = planned(results, "sweep=positions", "task.max_completion_tokens=600")
+    assert run_cell(directory) == "failed"
+    assert re.search("max_prompt_tokens=.*max_completion_tokens=600 make .* has 512 positions", _reason(directory))
+    assert lines(directory, METRICS) == []
+
+
+def test_a_prompt_that_is_too_long_is_found_before_compute(results, tmp_path):
+    rows = [{"question": f"{n} + {n} =", "answer": f"#### {2 * n}"} for n in range(10, 60)]
+    rows.append({"question": "1 + " * 30 + "1 =", "answer": "#### 31"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["task=gsm8k", f"task.path={tmp_path}/rows.jsonl", "task.prompt='{question}'", "task.max_prompt_tokens=20"]
+    directory = planned(results, "sweep=prompts", *own)
+    assert run_cell(directory) == "failed"
+    assert re.search("max_prompt_tokens=20: a prompt has 6. tokens", _reason(directory))
+    assert lines(directory, METRICS) == []
+
+
+def _reason(directory):
+    return directory.read_status()["reason"]
+
+
+def test_a_state_is_evaluated_once_for_all_fractions_that_a_step_passes(results, monkeypatch):
+    calls = []
+    monkeypatch.setattr("harness.trainer.evaluate", lambda *given: calls.append(given) or evaluate(*given))
+    directory = run(results, "sweep=once", "evaluation.fractions=[0.0,0.1,0.2,0.5,1.0]")  # of two steps
+    rows = lines(directory, EVALUATIONS)
+    assert [row["fraction"] for row in rows] == [0.0, 0.1, 0.2, 0.5, 1.0]
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 2] and len({row["score"] for row in rows[:3]}) == 1
+    assert len(calls) == 4  # at the start, for what the first step passed, where it ended, at the end
+
+
 # --- the update ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", [["algorithm=gspo"], ["algorithm=ppo"]])
+@pytest.mark.parametrize("cell", [["algorithm=gspo"], ["algorithm=ppo"], ["algorithm=kl_cov"]])
 def test_micro_batches_change_no_result(results, cell):
     rows = []
-    for size in (4, 8, 16):
+    for size in (1, 3, 16):
         directory = run(results, *cell, f"model.micro_batch_sequences={size}", "budget.limits.updates=1")
         (row,) = lines(directory, METRICS)
         rows.append({key: value for key, value in row.items() if not key.startswith("mismatch/")})

@@ -29,7 +29,7 @@ def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
         traits: facts for validation, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
 
     Raises:
-        ValueError: for an unknown kind or a name that is taken.
+        ValueError: for an unknown kind, a name that is taken, or a setting without an annotation.
     """
     if kind not in PARTS:
         raise ValueError(f"unknown kind of part '{kind}'; the kinds are {', '.join(PARTS)}")
@@ -37,6 +37,9 @@ def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
     def add(function: Part) -> Part:
         if name in PARTS[kind]:
             raise ValueError(f"{kind} '{name}' is already registered by {PARTS[kind][name].__module__}")
+        for setting in inspect.signature(function).parameters.values():
+            if setting.kind is setting.KEYWORD_ONLY and setting.annotation is setting.empty:
+                raise ValueError(f"{kind} '{name}': annotate its setting {setting.name} with the type that it takes")
         for trait, value in traits.items():
             setattr(function, trait, value)
         PARTS[kind][name] = function

@@ -14,6 +14,8 @@ from harness.algorithms.divergence import LOG_RATIO_BOUND
 from harness.algorithms.objective import Elements, Surrogate
 from harness.algorithms.registry import register
 
+_ROUNDING = 1e-5  # nats: by so much log-probabilities of the same weights may differ in float32
+
 
 @register("surrogate", "none")
 def none(elements: Elements) -> Surrogate:
@@ -162,7 +164,9 @@ def clip_selected(elements: Elements, *, clip_low: float, clip_high: float) -> S
 @register("surrogate", "kl_selected", needs_selection=True)
 def kl_selected(elements: Elements, *, coefficient: float) -> Surrogate:
     """-rho A, and + coefficient |l - l_old| at selected tokens (KL-Cov, arXiv 2505.22617)."""
-    penalty = coefficient * (elements.logprobs - elements.old_logprobs).abs()
+    change = (elements.logprobs - elements.old_logprobs).abs()
+    # Before the first optimizer step nothing has changed but by rounding, whose sign would push at full strength.
+    penalty = coefficient * change.masked_fill(change < _ROUNDING, 0.0)
     return _unclipped(-elements.ratio * elements.advantages + penalty * elements.selected)
 
 

@@ -99,8 +99,8 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
                 panel.plot(own["value"], own["score"], ".", color=style.color, alpha=0.45, markersize=5)
                 chosen = means[means.index.isin(own.loc[own["chosen"], "value"])]
                 panel.plot(
-                    chosen.index, chosen, "o", markersize=7 + 3 * algorithms.index(str(name)), markerfacecolor="none",
-                    markeredgecolor=style.color, markeredgewidth=1.4,
+                    chosen.index, chosen, "o", markersize=7 + 3 * (algorithms.index(str(name)) % 4),
+                    markerfacecolor="none", markeredgecolor=style.color, markeredgewidth=1.4,
                 )  # fmt: skip
                 lost = own.loc[np.isneginf(own["score"]), "value"]
                 panel.plot(lost, [0.03] * len(lost), "x", color=style.color, transform=panel.get_xaxis_transform())
@@ -116,8 +116,8 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
     caption = (
         f"Mean training reward over each trial's budget ({unit(sweep.axis, spent).text(spent)} at most) against the "
         f"setting that was searched. Dots: single runs, seeds {', '.join(map(str, seeds))}, which no comparison uses; "
-        "lines: their mean, without interval; rings, one size for each algorithm: the trial that the comparison took"
-        f"{'; ×: a run that diverged or failed' if np.isneginf(points['score']).any() else ''}."
+        "lines: their mean, without interval; rings, of several sizes to be told apart: the trial that the comparison "
+        f"took{'; ×: a run that diverged or failed' if np.isneginf(points['score']).any() else ''}."
     )
     return Drawing("sensitivity", "Sensitivity to tuning", caption, figure, points)
 

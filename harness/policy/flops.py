@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from harness.errors import ConfigError
 from harness.policy.critic import Critic
 from harness.policy.loading import decoder
+from harness.policy.routing import is_experts
 from harness.rollout.batch import Batch
 
 BACKWARD = 2
+_ATTEND = (
+    "attention",
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+)  # kinds of layers, of those there are
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,10 @@ def forward_cost(network: nn.Module, head: nn.Linear, config: PretrainedConfig) 
         config: the transformers configuration of the model.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     weights = sum(active for _, active in _matrices(network, text))
     return ForwardCost(
         linear=2 * weights,
-        attention=4 * text.num_hidden_layers * heads * head_dim,
+        attention=_attention(text),
         head=2 * head.weight.numel(),
     )
 
@@ -84,18 +90,42 @@ def active_parameters(model: PreTrainedModel) -> int:
     return round(sum(parameter.numel() for parameter in model.parameters()) - idle)
 
 
+def _attention(config: PretrainedConfig) -> float:
+    """Operations a pair of query and key in all layers that attend: the scores, and the sum of values."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    layers = sum(kind in _ATTEND for kind in kinds) if kinds else config.num_hidden_layers
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(
+        config, "kv_lora_rank", None
+    ):  # latent attention: queries and keys have parts with and without positions
+        return 2 * layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return 4 * layers * heads * head_dim
+
+
+def _chosen(config: PretrainedConfig) -> int:
+    """Experts that are chosen for a token."""
+    for name in ("num_experts_per_tok", "top_k_experts", "moe_k"):
+        if count := getattr(config, name, None):
+            return count
+    raise ConfigError(
+        f"model: {type(config).__name__} does not say how many experts are chosen for a token "
+        "(num_experts_per_tok), by which FLOPs are counted; choose a model of another architecture"
+    )
+
+
 def _matrices(network: nn.Module, config: PretrainedConfig) -> list[tuple[int, float]]:
     """Entries of each weight matrix, and how many of them one token uses."""
     embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     found: list[tuple[int, float]] = []
     for module in network.modules():
         own = dict(module.named_parameters(recurse=False))
-        experts = [parameter for parameter in own.values() if parameter.ndim == 3]
-        if experts:
+        if is_experts(module):
             # Expert weights are stacked as [experts, out, in]; 2-D ones beside them are their biases.
-            share = config.num_experts_per_tok / experts[0].shape[0]
+            experts = [parameter for parameter in own.values() if parameter.ndim == 3]
+            share = _chosen(config) / experts[0].shape[0]
             found += [(parameter.numel(), parameter.numel() * share) for parameter in experts]
             continue
-        matrices = [p for p in own.values() if p.ndim == 2 and id(p) not in embeddings]
+        matrices = [p for p in own.values() if p.ndim in (2, 3) and id(p) not in embeddings]  # 3: a convolution's
         found += [(parameter.numel(), parameter.numel()) for parameter in matrices]
     return found

@@ -27,10 +27,10 @@ def expert_layers(model: nn.Module) -> list[nn.Module]:
 
     They are the modules right around stacked experts, which is where transformers has their router too.
     """
-    return [module for module in model.modules() if any(map(_is_experts, module.children()))]
+    return [module for module in model.modules() if any(map(is_experts, module.children()))]
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether it holds weights [experts, in, out]."""
     count = getattr(module, "num_experts", None)
     return any(weight.ndim == 3 and len(weight) == count for weight in module.parameters(recurse=False))
@@ -74,7 +74,7 @@ class Routing(TorchFunctionMode):
         self.replay = replay
         self.native: list[Tensor] = [torch.empty(0)] * len(self.layers)
         self.used: list[Tensor] = [torch.empty(0)] * len(self.layers)
-        self._counts = [next(filter(_is_experts, layer.children())).num_experts for layer in self.layers]
+        self._counts = [next(filter(is_experts, layer.children())).num_experts for layer in self.layers]
         self._layer = -1
         self._masked: tuple[Tensor, Tensor] | None = None
 
@@ -106,7 +106,7 @@ class Routing(TorchFunctionMode):
         """
         handles = []
         for index, layer in enumerate(self.layers):
-            for child in filterfalse(_is_experts, layer.children()):
+            for child in filterfalse(is_experts, layer.children()):
                 handles.append(child.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
                 # Recomputation for a backward pass ends by an exception, maybe in here.
                 handles.append(child.register_forward_hook(lambda *_: self._leave(), always_call=True))

@@ -56,4 +56,4 @@ def fingerprint(names: Iterable[str]) -> str:
 
 def _files(path: Path) -> list[Path]:
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in found if file.is_file() and file.suffix != ".pyc"]
+    return [file for file in found if file.is_file() and file.parent.name != "__pycache__"]

@@ -125,7 +125,7 @@ def _settle(directory: RunDirectory, process: BaseProcess, status: str) -> None:
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code == -signal.SIGKILL:
         ended += ", perhaps for want of memory"
-    with suppress(RunInUse), directory.lock():
+    with suppress(RunInUse, OSError), directory.lock():  # a full disk: as in run_cell
         directory.update_status(
             status=status,
             reason=ended,
@@ -135,4 +135,4 @@ def _settle(directory: RunDirectory, process: BaseProcess, status: str) -> None:
 
 
 def _tail(log: Path) -> str:
-    return log.read_bytes()[-_TAIL:].decode(errors="replace")
+    return log.read_bytes()[-_TAIL:].decode(errors="replace") if log.exists() else ""

@@ -117,8 +117,10 @@ def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
     try:
         run = typed(loader.load_sweep_config(config, job))
         try:
-            run = tuned(run)
-            return Cell(check(run), None)
+            check(run)  # a cell that is declined by its tuning has its device and budget resolved like the others
+            if run.tuning is not None:
+                run = check(tuned(run))
+            return Cell(run, None)
         except Declined as error:
             return Cell(run, str(error))
     except ConfigError as error:

@@ -53,6 +53,11 @@ def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
     from sklearn.model_selection import ParameterGrid, ParameterSampler  # it takes a second to import
 
     space = {f"algorithm.{key}": values for key, values in algorithm.search_space.items()}
+    for key, values in algorithm.search_space.items():
+        if not values:
+            raise ConfigError(
+                f"algorithm.search_space.{key} of {algorithm.name} lists no value: give some, or leave it out"
+            )
     size = len(ParameterGrid(space))
     if size < trials:
         raise ConfigError(

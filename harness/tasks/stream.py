@@ -1,6 +1,7 @@
 """The stream of prompts: a function of task, seed, position and split, and of nothing else."""
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,6 +45,11 @@ class PromptStream:
         start, self.position = self.position, self.position + n
         return [self._source.at(position) for position in range(start, self.position)]
 
+    @property
+    def known(self) -> Sequence[Problem]:
+        """All problems that there are; none of a generator, which makes them as they are asked for."""
+        return self._source.known
+
     def seek(self, position: int) -> None:
         """Continue at a position: the number of problems taken before it."""
         self.position = position
@@ -54,6 +60,7 @@ class _Generated:
         self._task, self._split = task, split
         self._make = generator(task, "task")
         self._identity = (task.dataset, task.parameters, seed, split)
+        self.known: Sequence[Problem] = ()
         self._block = lru_cache(maxsize=2)(self._make_block)
 
     def at(self, position: int) -> Problem:
@@ -81,8 +88,8 @@ class _Finite:
             raise ConfigError(f"model.cold_start.task.source={task.source}: a cold start needs generated problems")
         held_out = SPLITS["evaluation"]
         problems = finite_problems(task, "task")
-        self._problems = [p for p in problems if (content_bucket(p.prompt) in held_out) == (split == "evaluation")]
-        if not self._problems:
+        self.known = [p for p in problems if (content_bucket(p.prompt) in held_out) == (split == "evaluation")]
+        if not self.known:
             raise ConfigError(
                 f"task: {task.path or task.dataset} is too small: it has no problem in the split '{split}'"
             )
@@ -90,8 +97,8 @@ class _Finite:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def at(self, position: int) -> Problem:
-        epoch, index = divmod(position, len(self._problems))
-        return self._problems[self._order(epoch)[index]]
+        epoch, index = divmod(position, len(self.known))
+        return self.known[self._order(epoch)[index]]
 
     def _shuffled(self, epoch: int) -> list[int]:
-        return random.Random(derived_seed(self._seed, epoch)).sample(range(len(self._problems)), len(self._problems))
+        return random.Random(derived_seed(self._seed, epoch)).sample(range(len(self.known)), len(self.known))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.algorithms.objective import policy_loss
-from harness.algorithms.registry import register
+from harness.algorithms.registry import PARTS, register
 from harness.config import compose
 
 GRPO = compose(["algorithm=grpo"]).algorithm
@@ -170,6 +170,15 @@ def test_corrections_multiply_the_policy_loss_and_not_the_penalty():
     masked = variant(GRPO, correction={"name": "mask", "level": "sequence", "low": 0.5, "high": 2.0})
     loss, _ = policy_loss(old, old, torch.ones(1, 1), torch.ones(1, 1), masked, rollout_logprobs=old - math.log(3))
     assert loss.item() == 0.0
+
+
+def test_a_setting_without_a_type_is_an_error():
+    with pytest.raises(ValueError, match="annotate its setting bound"):
+
+        @register("ratio", "untyped")
+        def untyped(logprobs, old_logprobs, mask, *, bound): ...
+
+    assert "untyped" not in PARTS["ratio"]
 
 
 def test_a_taken_name_is_an_error():

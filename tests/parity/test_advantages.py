@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.registry import part
+from harness.budget import Meter
 from harness.config import compose
 from harness.judging import Judge
 from harness.rollout.batch import Batch
@@ -87,7 +88,7 @@ def test_the_critics_returns_are_the_same():
 def judged(overrides: list[str], batch: Rollouts, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The advantages that the harness gives to a batch from its log-probabilities."""
     config = compose([*overrides, "algorithm.old_logprobs=rollout"])
-    judge = Judge(config, *[None] * 6)
+    judge = Judge(config, Meter(config.budget, torch.device("cpu")), *[None] * 5)
     judge._reference = lambda batch: ref_logprobs
     sampled = Batch(*[batch.mask] * 3, batch.mask, batch.group_ids, old_logprobs)
     return judge.judge(sampled, SimpleNamespace(tokens=batch.rewards, ends=batch.ends)).advantages

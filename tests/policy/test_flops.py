@@ -10,6 +10,7 @@ from harness.policy.flops import BACKWARD, active_parameters, critic_cost, polic
 from harness.policy.logprobs import completion_logprobs
 from harness.rollout.embedded import EmbeddedEngine
 from tests.policy.conftest import make_batch
+from tests.policy.families import build
 
 
 @pytest.fixture
@@ -68,3 +69,25 @@ def test_active_parameters_count_experts_as_often_as_they_are_chosen(moe):
     total = sum(p.numel() for p in moe.parameters())
     assert experts > total / 2
     assert active_parameters(moe) == total - experts + experts * 4 // 32
+
+
+@pytest.mark.parametrize(
+    ("family", "operations"),
+    [
+        ("qwen3_moe", 4 * 3 * 4 * 8),  # scores and values: 2 + 2, layers, heads, head size
+        ("deepseek_v3", 2 * 3 * 4 * (16 + 8)),  # latent attention: 16 of a query and key, 8 of a value
+        ("qwen3_next", 4 * 1 * 4 * 8),  # one layer of three attends
+        ("jamba", 4 * 2 * 4 * 8),  # two of three
+    ],
+)
+def test_attention_counts_the_layers_that_attend_and_what_they_multiply(family, operations):
+    assert policy_cost(build(family)).attention == operations
+
+
+def test_convolutions_are_no_experts_and_experts_go_by_any_of_their_names():
+    dense = build("lfm2", layer_types=["conv", "full_attention", "conv"])
+    convolutions = sum(p.numel() for p in dense.parameters() if p.ndim == 3)
+    assert convolutions > 0 and active_parameters(dense) == sum(p.numel() for p in dense.parameters())
+    mixture = build("gemma4_text")
+    experts = sum(p.numel() for name, p in mixture.named_parameters() if ".experts." in name)
+    assert active_parameters(mixture) == sum(p.numel() for p in mixture.parameters()) - experts + experts * 2 // 8
