@@ -172,6 +172,13 @@ def test_cells_whose_tuning_declines_them_are_planned_beside_the_others(tmp_path
     assert "every trial of gspo" in runs["gspo"]["reason"] and runs["gspo"]["budget"]["axis"] == "flops"
 
 
+def test_trials_that_are_declined_are_cells_of_their_own(tmp_path):
+    tried = ["experiment=tuned", "tuning.trial=0,1", "seed=1000", f"results={tmp_path}"]
+    cells = _plan(*tried, "algorithm=grpo_routing_replay,gspo", "model=tiny_dense")
+    assert sum(cell.declined is not None for cell in cells) == 2
+    assert len({cell.config.run_name for cell in cells}) == 4
+
+
 def test_how_a_cell_failed_stays_known_until_it_runs_again(tmp_path):
     (cell,) = _plan(f"results={tmp_path}", "seed=3")
     freeze(cell.config.run_dir.parent, [cell])

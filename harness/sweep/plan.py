@@ -116,15 +116,25 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
 def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
     try:
         run = typed(loader.load_sweep_config(config, job))
-        try:
-            check(run)  # a cell that is declined by its tuning has its device and budget resolved like the others
-            if run.tuning is not None:
-                run = check(tuned(run))
-            return Cell(run, None)
-        except Declined as error:
-            return Cell(run, str(error))
+        declined = _declined(run)
+        if run.tuning is not None:
+            try:
+                run = tuned(run)
+            except Declined as error:
+                return Cell(run, declined or str(error))
+            declined = _declined(run)
+        return Cell(run, declined)
     except ConfigError as error:
         raise ConfigError(f"{error}\n(in the cell {' '.join(job)})") from error
+
+
+def _declined(run: RunConfig) -> str | None:
+    """Check a run, which resolves its device and budget, and say why its algorithm declines it, if it does."""
+    try:
+        check(run)
+    except Declined as error:
+        return str(error)
+    return None
 
 
 def _check_comparable(configs: Sequence[RunConfig]) -> None:
