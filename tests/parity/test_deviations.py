@@ -244,6 +244,15 @@ def test_verl_takes_covariances_with_the_trained_policy():
     assert (penalised[1] - plain).flatten().tolist() == pytest.approx([0, -1 / 3, 0])
 
 
+def test_verl_pushes_on_rounding_in_kl_cov():
+    inputs = covariances()
+    inputs = inputs._replace(logprobs=inputs.old_logprobs + 1e-7)
+    plain = -torch.exp(inputs.logprobs - inputs.old_logprobs) * inputs.advantages / 3
+    pushed = differentiate(verl_loss("kl_cov", policy={"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0}), inputs)[1] - plain
+    assert pushed.abs().sum().item() == pytest.approx(1 / 3)
+    assert (differentiate(harness_loss("kl_cov"), inputs)[1] - plain).abs().max() < 1e-12
+
+
 def test_verl_selects_in_every_micro_batch():
     inputs = covariances()
     policy = {"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0}
