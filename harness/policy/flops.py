@@ -17,12 +17,8 @@ from harness.policy.routing import is_experts
 from harness.rollout.batch import Batch
 
 BACKWARD = 2
-_ATTEND = (
-    "attention",
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-)  # kinds of layers, of those there are
+# Kinds of layers that attend; others are convolutions or keep a state.
+_ATTEND = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,7 @@ def _attention(config: PretrainedConfig) -> float:
     layers = sum(kind in _ATTEND for kind in kinds) if kinds else config.num_hidden_layers
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(
-        config, "kv_lora_rank", None
-    ):  # latent attention: queries and keys have parts with and without positions
+    if getattr(config, "kv_lora_rank", None):  # latent attention: keys have a part with positions and one without
         return 2 * layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     return 4 * layers * heads * head_dim
 
