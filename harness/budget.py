@@ -23,27 +23,27 @@ class Meter:
     def __init__(self, config: BudgetConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.spent: dict[str, float] = dict.fromkeys(BUDGET_AXES, 0.0)
-        self._paused = 0.0
+        self._pauses: list[tuple[Any, Any]] = []  # marks at both ends of each, within the phase that runs
         self.phases: dict[str, dict[str, float]] = {name: {"seconds": 0.0, "flops": 0.0} for name in PHASES}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time of the block, with the device synchronised at both ends; one device is held."""
         started = self._now()
-        self._paused = 0.0
+        self._pauses = []
         try:
             yield
         finally:
-            seconds = self._now() - started - self._paused
+            seconds = self._now() - started - sum(self._between(*pause) for pause in self._pauses)
             self.phases[name]["seconds"] += seconds
             self.spent["device_seconds"] += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside of a phase: what only measures is not charged."""
-        started = self._now()
+        """Inside of a phase: what only measures is not charged. Does not wait for the device."""
+        started = self._mark()
         yield
-        self._paused += self._now() - started
+        self._pauses.append((started, self._mark()))
 
     def charge_flops(self, phase: str, flops: float) -> None:
         """Add model FLOPs to a phase."""
@@ -83,3 +83,15 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def _mark(self) -> Any:
+        """The place of now in the device's work."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def _between(self, started: Any, ended: Any) -> float:
+        """Seconds between two marks that the device has passed."""
+        return started.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - started

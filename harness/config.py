@@ -146,6 +146,7 @@ class RolloutConfig:
     completions_per_batch: int
     temperature: float
     decode_sequences: int
+    cuda_graphs: bool
 
 
 @dataclass

@@ -73,7 +73,8 @@ class Judge:
 
         def forward(micro: Batch) -> Tensor:
             packing = Packing(decoder(self.policy), micro)
-            routing.replay = None if micro.routes is None else packing.in_one(micro.routes)
+            routes = micro.to(self.policy.device).routes
+            routing.replay = None if routes is None else packing.in_one(routes)
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
             if routing.layers and micro.routes is None:
                 with recording():
@@ -110,10 +111,10 @@ class Judge:
 
     def _in_micro_batches(self, forward: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """[B, T] from a forward pass over micro-batches of sequences of like length."""
+        parts = [(rows, forward(batch.select(rows))) for rows in self._micro_rows(batch)]
         result = torch.zeros_like(batch.mask)
-        for rows in self._micro_rows(batch):
-            micro = batch.select(rows)
-            result[rows, : micro.mask.shape[1]] = forward(micro)
+        for rows, part_result in parts:  # only now that all of the work is under way may a copy wait for it
+            result[rows, : part_result.shape[1]] = part_result.cpu()
         return result
 
     def _micro_rows(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -122,6 +123,7 @@ class Judge:
     def _assemble_routes(self, batch: Batch, routes: list[Tensor]) -> Tensor:
         """The micro-batches' choices in the batch's order."""
         rows, length = batch.input_ids.shape
+        routes = [part_routes.cpu() for part_routes in routes]
         result = padding_routes(rows, length, like=routes[0])
         for micro_rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
             result[micro_rows, : part_routes.shape[1]] = part_routes

@@ -71,6 +71,7 @@ class Trainer:
             self.tokenizer.pad_token_id,
             config.task.max_completion_tokens,
             record_routes=self.algorithm.routing_replay == "R3",
+            uncharged=self.meter.paused,
         )
         self.prompts = PromptStream(config.task, config.seed, "train")
         self._prompt_tokens(self.prompts.known)  # one that is too long is found now, not when its turn comes

@@ -26,7 +26,7 @@ from harness.rollout.batch import Batch
 
 @dataclass
 class Targets:
-    """What the rollout batch is judged by; constants of the update, [B, T] each."""
+    """What the rollout batch is judged by; constants of the update, [B, T] each, in host memory as the batch is."""
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -46,6 +46,11 @@ class Targets:
             if field.name != "routes" and (tensor := getattr(self, field.name)) is not None
         }
         return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
+
+    def to(self, device: torch.device) -> "Targets":
+        """On another device, without waiting for it."""
+        there = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return Targets(**{name: tensor.to(device, non_blocking=True) for name, tensor in there.items()})
 
 
 @contextmanager
@@ -79,6 +84,7 @@ class Updater(ABC):
         )
         self.learning_rate = learning_rate
         self.updates = 0
+        self.device = next(network.parameters()).device
 
     def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         """Make `epochs` x `minibatches` optimizer steps.
@@ -90,14 +96,23 @@ class Updater(ABC):
             metrics: what is measured is added to these; a step that diverges leaves with all of them.
 
         Raises:
-            Diverged: for a loss or gradient that is not finite, before it reaches the weights.
+            Diverged: for a loss or gradient that is not finite; neither it nor what follows it reaches the weights.
         """
+        taken = []
+        # The fused optimizer reads it as mixed precision's scalers set it: 1 leaves weights and moments as they are.
+        self.optimizer.found_inf = torch.zeros((), device=self.device)  # type: ignore[attr-defined]
         with recomputing(self.network):
             for _ in range(self.config.algorithm.epochs):
-                order = torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device)
+                order = torch.randperm(len(batch.mask), generator=generator)
                 for rows in order.chunk(self.config.algorithm.minibatches):
                     loss = self.backward(batch, targets, rows, metrics)
-                    self._step(loss, metrics)
+                    taken.append(self._step(loss, metrics))
+        # Only now that all steps are under way may the device be asked about them.
+        for index, (loss, norm) in enumerate(torch.stack(taken).tolist(), self.updates - len(taken) + 1):
+            if not math.isfinite(loss + norm):
+                self.updates = index - 1
+                message = f"optimizer step {index}: {self.prefix}loss is {loss} and {self.prefix}grad_norm {norm}"
+                raise Diverged(message, metrics.compute())
 
     @abstractmethod
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
@@ -110,22 +125,18 @@ class Updater(ABC):
             micro = batch.select(micro_rows)
             yield micro, targets.select(micro_rows, micro)
 
-    def _step(self, loss: Tensor, metrics: Metrics) -> None:
-        """Clip the gradient, check it, step."""
+    def _step(self, loss: Tensor, metrics: Metrics) -> Tensor:
+        """Clip the gradient and step, unless one was not finite; returns loss and gradient norm [2]."""
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         metrics.mean(f"{self.prefix}loss", loss, 1)
         metrics.mean(f"{self.prefix}grad_norm", norm, 1)
-        if not math.isfinite(float(loss) + float(norm)):
-            raise Diverged(
-                f"optimizer step {self.updates + 1}: {self.prefix}loss is {float(loss)} and "
-                f"{self.prefix}grad_norm {float(norm)}",
-                metrics.compute(),
-            )
+        self.optimizer.found_inf.add_((loss + norm).isfinite().logical_not()).clamp_(max=1)  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (self.updates + 1) / max(self.settings.warmup_updates, 1))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
+        return torch.stack((loss, norm))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -155,11 +166,11 @@ class CriticUpdater(Updater):
 
     def backward(self, batch: Batch, targets: Targets, rows: Tensor, metrics: Metrics) -> Tensor:
         tokens = batch.mask[rows].sum()
-        total = torch.zeros((), device=batch.mask.device)
+        total = torch.zeros((), device=self.device)
         for micro, judged in self.micro_batches(batch, targets, rows):
+            values, judged, mask = self.critic(micro), judged.to(self.device), micro.to(self.device).mask
             assert judged.old_values is not None and judged.returns is not None
-            values = self.critic(micro)
-            loss, clipped = value_loss(values, judged.old_values, judged.returns, micro.mask, self.value_clip)
+            loss, clipped = value_loss(values, judged.old_values, judged.returns, mask, self.value_clip)
             (loss / tokens).backward()
             total += loss.detach() / tokens
             metrics.mean("critic/clip_fraction", clipped, micro.mask.sum())
@@ -195,13 +206,15 @@ class PolicyUpdater(Updater):
         selected = torch.zeros_like(batch.mask, dtype=torch.bool)
         selected[rows] = selected_tokens(targets.advantages[rows], targets.old_logprobs[rows], mask, algorithm)
         targets = replace(targets, weights=weights, selected=selected)
-        total = torch.zeros((), device=batch.mask.device)
+        total = torch.zeros((), device=self.device)
         for micro, judged in self.micro_batches(batch, targets, rows):
-            total += self._micro_backward(micro, judged, mask.sum(), metrics)
+            total += self._micro_backward(micro, judged.to(self.device), mask.sum(), metrics)
         return total
 
     def _micro_backward(self, micro: Batch, targets: Targets, tokens: Tensor, metrics: Metrics) -> Tensor:
+        """Gradients of a micro-batch in host memory, whose targets are on the device; returns its share of the loss."""
         assert targets.weights is not None and targets.selected is not None
+        on_device = micro.to(self.device)
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
         routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
@@ -213,11 +226,11 @@ class PolicyUpdater(Updater):
                 logprobs,
                 targets.old_logprobs,
                 targets.advantages,
-                micro.mask,
+                on_device.mask,
                 targets.weights,
                 targets.selected,
                 algorithm,
-                rollout_logprobs=micro.rollout_logprobs if algorithm.old_logprobs == "trainer" else None,
+                rollout_logprobs=on_device.rollout_logprobs if algorithm.old_logprobs == "trainer" else None,
                 ref_logprobs=targets.ref_logprobs,
             )
             if bonus > 0:
@@ -225,7 +238,7 @@ class PolicyUpdater(Updater):
             # The batch's first step still has the old policy's weights: it would only measure rounding.
             if targets.routes is not None and self.updates % (algorithm.epochs * algorithm.minibatches):
                 with self.uncharged():
-                    old = targets.routes[micro.positions()]
+                    old = packing.in_one(targets.routes)[packing.completion]
                     _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
                     _expert_changes(routing.used, packing, old, metrics, ("used_expert",))
             loss.backward()
@@ -242,13 +255,14 @@ class PolicyUpdater(Updater):
 
         The steps before it are measured for free in the forward pass of the step that follows each; this one has none.
         """
-        rows = torch.arange(0, len(batch.mask), self.config.algorithm.minibatches, device=batch.mask.device)
+        rows = torch.arange(0, len(batch.mask), self.config.algorithm.minibatches)
         for micro_rows in rows.split(self.config.model.micro_batch_sequences):
             micro = batch.select(micro_rows)
             routing = Routing(self.policy)
             with routing.watch():
                 completion_logprobs(self.policy, micro, self.config.rollout.temperature)
             old, packing = routes[micro_rows][micro.positions()], Packing(decoder(self.policy), micro)
+            old = old.to(self.device)
             _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
             _expert_changes(routing.native, packing, old, metrics, ("update_expert", "update_token"))
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same

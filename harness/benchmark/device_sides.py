@@ -19,6 +19,8 @@ from harness.benchmark.sizes import NO_TOKEN
 from harness.budget import Meter
 from harness.config import BudgetConfig, RunConfig
 from harness.judging import Judge
+from harness.policy.attention import PADDING_FREE
+from harness.policy.experts import follow_autocast
 from harness.policy.flops import BACKWARD, policy_cost
 from harness.policy.loading import autocast
 from harness.reward import Rewards
@@ -59,6 +61,8 @@ class OurPhases:
 
     def __init__(self, model: PreTrainedModel, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device
+        model.set_attn_implementation(PADDING_FREE)  # as loading a policy finds out that it can
+        follow_autocast(model)
         self.config, self.cost = shape_config(shape), policy_cost(model)
         self.prompts = random_prompts(shape, model)
         self.engine = EmbeddedEngine(model, self.config.rollout, NO_TOKEN, 0, shape.completion)
@@ -87,7 +91,7 @@ class OurPhases:
 
     def _judge(self) -> None:
         mask = self.batch.mask
-        outcome = torch.rand(len(mask), device=mask.device)
+        outcome = torch.rand(len(mask))
         ends = last_tokens(mask)
         unjudged = torch.full_like(outcome, torch.nan)
         self.targets = self.judge.judge(self.batch, Rewards(ends * outcome[:, None], ends, outcome, outcome, unjudged))
@@ -127,17 +131,18 @@ class PlainUpdate:
     """The optimizer steps of a loop that holds its logits: no chunks, no metrics but the loss."""
 
     def __init__(self, model: PreTrainedModel, ours: OurPhases) -> None:
-        self.model, self.ours, self.device = model, ours, ours.device
+        self.model, self.ours, self.device = model, ours, torch.device(ours.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=True)
         self()
 
     def __call__(self) -> dict[str, float]:
         torch.use_deterministic_algorithms(False)
-        seconds, memory = timed_with_memory(self._update, self.device)
+        seconds, memory = timed_with_memory(self._update, self.device.type)
         return {"update": seconds, "memory": memory}
 
     def _update(self) -> None:
         shape = self.ours.shape
+        self.batch, self.targets = self.ours.batch.to(self.device), self.ours.targets.to(self.device)
         for rows in torch.randperm(shape.sequences, device=self.device).chunk(shape.minibatches):
             for micro in rows.split(shape.micro_batch):
                 (self._loss(micro) / len(rows)).backward()
@@ -146,7 +151,7 @@ class PlainUpdate:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, rows: Tensor) -> Tensor:
-        batch, targets, temperature = self.ours.batch, self.ours.targets, self.ours.config.rollout.temperature
+        batch, targets, temperature = self.batch, self.targets, self.ours.config.rollout.temperature
         with autocast(batch.input_ids.device):
             logits = self.model(input_ids=batch.input_ids[rows], use_cache=False).logits
         # All prompts and completions have the same lengths.

@@ -41,7 +41,8 @@ def padding_free_attention(
         query: [B, heads, Q, D].
         key: [B, key heads, L, D].
         value: [B, key heads, L, Dv].
-        attention_mask: [B, 1, Q, L] bool, or None where nothing but what follows is hidden.
+        attention_mask: [B, 1, Q, L] bool, or None where nothing but what follows is hidden; not looked at where there
+            is ``packing``.
         scaling: of the scores; 1 / sqrt(D) by default.
         packing: where the tokens of a pass without padding (B = 1) belong.
         settings: the rest of what models pass on.
@@ -100,16 +101,19 @@ class _ShortCausalAttention(torch.autograd.Function):
 def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, 1, heads, Dv] for one query a row, without a copy of the keys for each head."""
     batch, heads, _, dim = query.shape
-    scores = torch.matmul(query.view(batch, key.shape[1], -1, dim) * scaling, key.transpose(2, 3))
+    # The heads that share a key head, as if they were queries of one.
+    query = query.view(batch, key.shape[1], -1, dim)
+    attend = _products if query.device.type == "cpu" else nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, mask, scale=scaling).reshape(batch, 1, heads, -1)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As torch's kernel, which is slower for a single query on a CPU."""
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value).view(batch, 1, heads, -1)
-
-
-def _mask(**settings: Any) -> Tensor | None:
-    """transformers' own where rows are padded; without padding nothing but what follows is hidden."""
-    return None if settings["attention_mask"] is None else sdpa_mask(**settings)
+    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)
 
 
 AttentionInterface.register(PADDING_FREE, padding_free_attention)
-AttentionMaskInterface.register(PADDING_FREE, _mask)
+AttentionMaskInterface.register(PADDING_FREE, sdpa_mask)

@@ -2,12 +2,12 @@
 
 import copy
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.policy.loading import decoder
 from harness.policy.logprobs import completion_states
+from harness.policy.packing import Packing
 from harness.rollout.batch import Batch
 
 
@@ -24,6 +24,6 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Values [B, T], 0 where masked."""
-        values = self.head(completion_states(self.network, batch).float()).squeeze(-1)
-        return torch.zeros_like(batch.mask).masked_scatter(batch.mask.bool(), values)
+        """Values [B, T], 0 where masked, on the critic's device."""
+        packing = Packing(self.network, batch)
+        return packing.of_completions(self.head(completion_states(self.network, packing).float()).squeeze(-1))

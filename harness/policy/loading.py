@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from harness.config import ModelConfig
 from harness.errors import ConfigError
+from harness.policy.experts import follow_autocast
 from harness.policy.packing import drop_padding
 
 
@@ -48,6 +49,8 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
         _checkpoint_activations(model, path)
     # Dropout would make the old policy's log-probabilities a different draw from the new one's.
     model.to(torch.device(device))  # type: ignore[arg-type]
+    if device == "cuda":
+        follow_autocast(model)
     return model.eval(), tokenizer
 
 

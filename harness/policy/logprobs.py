@@ -19,10 +19,9 @@ HELD_ELEMENTS = 2**25
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
 
-def completion_states(network: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states [N, H] from which the batch's N valid completion tokens are predicted, row by row."""
-    packing = Packing(network, batch)
-    with autocast(batch.input_ids.device):
+def completion_states(network: PreTrainedModel, packing: Packing) -> Tensor:
+    """Hidden states [N, H] from which a batch's N valid completion tokens are predicted, row by row."""
+    with autocast(network.device):
         states = network(**packing.inputs, use_cache=False).last_hidden_state
     return states.flatten(0, 1).index_select(0, packing.completion)
 
@@ -34,20 +33,18 @@ def completion_logprobs(
 
     Args:
         model: the policy; gradients flow if they are enabled.
-        batch: B completions of up to T tokens.
+        batch: B completions of up to T tokens, in host memory.
         temperature: logits are divided by it first.
         entropy_gradient: whether the entropy carries a gradient (for an entropy bonus).
 
     Returns:
-        logprobs [B, T] and entropy [B, T], in nats, float32, 0 where masked.
+        logprobs [B, T] and entropy [B, T], in nats, float32, 0 where masked, on the policy's device.
     """
-    states = completion_states(decoder(model), batch)
-    valid = batch.mask.bool()
-    logprobs, entropy = token_logprobs(
-        states, model.get_output_embeddings(), batch.completions[valid], temperature, entropy_gradient
-    )
-    zeros = torch.zeros_like(batch.mask)
-    return zeros.masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
+    packing = Packing(decoder(model), batch)
+    states = completion_states(decoder(model), packing)
+    tokens = batch.completions[batch.mask.bool()].to(model.device, non_blocking=True)
+    logprobs, entropy = token_logprobs(states, model.get_output_embeddings(), tokens, temperature, entropy_gradient)
+    return packing.of_completions(logprobs), packing.of_completions(entropy)
 
 
 def token_logprobs(

@@ -1,9 +1,12 @@
-"""Forward passes without padding: the tokens of a batch one behind the other in a single row."""
+"""Forward passes without padding: the tokens of a batch one behind the other in a single row.
+
+Where tokens are is worked out in host memory and then sent to the device, so that nobody waits for it to say.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -12,7 +15,7 @@ from harness.rollout.batch import Batch
 
 
 class Packing:
-    """Where the N tokens of a batch's rows are in the input of a network.
+    """Where the N tokens of a batch's rows, and M completion tokens among them, are in the input of a network.
 
     Networks that cannot do without padding see all B x L positions; the others see the real ones alone.
 
@@ -21,22 +24,36 @@ class Packing:
         completion: [M] the places, among the N tokens, from which the completion tokens are predicted.
     """
 
-    def __init__(self, network: nn.Module, batch: Batch) -> None:
-        self.shape = batch.input_ids.shape
+    def __init__(self, network: PreTrainedModel, batch: Batch) -> None:
+        """
+        Args:
+            network: says whether it does without padding, and on which device the places are to be.
+            batch: in host memory.
+        """
+        self.shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
         rows, columns = batch.positions()
-        if network.config._attn_implementation != PADDING_FREE:  # type: ignore[union-attr]
-            self._places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+        self._sampled = batch.mask.flatten().nonzero().squeeze(1)
+        all_columns = torch.arange(self.shape[1]).expand(self.shape)
+        if network.config._attn_implementation == PADDING_FREE:
+            self._places = (all_columns < batch.lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+            self.completion = (batch.lengths.cumsum(0) - batch.lengths)[rows] + columns
+            self.inputs: dict[str, Any] = {
+                "input_ids": self.in_one(batch.input_ids).unsqueeze(0),
+                "position_ids": self.in_one(all_columns).unsqueeze(0),
+                # Without one transformers would look in the positions for sequences, and wait for the device.
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            }
+        else:
+            self._places = torch.arange(batch.input_ids.numel())
             self.completion = rows * self.shape[1] + columns
-            self.inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-            return
-        all_columns = torch.arange(self.shape[1], device=batch.input_ids.device).expand(self.shape)
-        self._places = (all_columns < batch.lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
-        self.completion = (batch.lengths.cumsum(0) - batch.lengths)[rows] + columns
-        self.inputs = {
-            "input_ids": self.in_one(batch.input_ids).unsqueeze(0),
-            "position_ids": self.in_one(all_columns).unsqueeze(0),
-            "packing": self,
-        }
+            self.inputs = {"input_ids": batch.input_ids}
+        for name, tensor in self.inputs.items():
+            self.inputs[name] = tensor.to(network.device, non_blocking=True)
+        self._places, self._sampled, self.completion = (
+            places.to(network.device, non_blocking=True) for places in (self._places, self._sampled, self.completion)
+        )
+        if network.config._attn_implementation == PADDING_FREE:
+            self.inputs["packing"] = self
 
     def in_one(self, rows: Tensor) -> Tensor:
         """[N, ...] from [B, L, ...]."""
@@ -47,6 +64,11 @@ class Packing:
         size = self.shape.numel()
         base = tokens.new_zeros(size, *tokens.shape[1:]) if fill is None else fill.flatten(0, 1)
         return base.index_copy(0, self._places, tokens).unflatten(0, self.shape)
+
+    def of_completions(self, values: Tensor) -> Tensor:
+        """[B, T] from those of the M completion tokens, 0 where masked."""
+        zeros = values.new_zeros(self._completions_shape.numel())
+        return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
 
 
 @torch.no_grad()
@@ -60,8 +82,8 @@ def drop_padding(model: PreTrainedModel) -> None:
     whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     if text._attn_implementation != "sdpa" or not whole:
         return
-    batch = _probe(text.vocab_size, model.device)
-    network = model.base_model
+    batch = _probe(text.vocab_size)
+    network: Any = model.base_model
     padded = network(**Packing(network, batch).inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     padded = padded[Packing(network, batch).completion]
     model.set_attn_implementation(PADDING_FREE)
@@ -75,9 +97,9 @@ def drop_padding(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def _probe(vocabulary: int, device: torch.device) -> Batch:
+def _probe(vocabulary: int) -> Batch:
     """Two sequences of different length."""
-    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]], device=device)
-    tokens = torch.arange(12, device=device).view(2, 6).remainder(vocabulary)
-    lengths = torch.tensor([3, 2], device=device)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    tokens = torch.arange(12).view(2, 6).remainder(vocabulary)
+    lengths = torch.tensor([3, 2])
     return Batch(tokens, lengths, tokens[:, :4], mask, torch.zeros(2, dtype=torch.long), torch.zeros_like(mask))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Batch:
-    """B completions with their prompts.
+    """B completions with their prompts, in host memory: networks are given micro-batches on their device.
 
     A row of ``input_ids`` is its prompt, its completion without the last token (whose successor nobody asks for), then
     padding: contiguous rows need no attention mask, since nothing attends to what follows it.
@@ -57,8 +57,8 @@ class Batch:
         return rows, self.prompt_lengths[rows] - 1 + steps
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device."""
-        return Batch(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+        """On another device, without waiting for it."""
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Those that are there."""

@@ -1,4 +1,4 @@
-"""A key-value cache that writes in place and gives up the rows of finished sequences."""
+"""Key-value caches that write in place and give up the rows of finished sequences."""
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class SlotLayer(DynamicLayer):
         self.length = end
         return self.keys[:rows, :, :end], self.values[:rows, :, :end]
 
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, heads, length, dim] so far."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
     def get_seq_length(self) -> int:
         """Tokens held for each row."""
         return self.length
@@ -49,7 +54,48 @@ class SlotLayer(DynamicLayer):
 
     def _buffer(self, states: Tensor) -> Tensor:
         rows, heads, _, dim = states.shape
-        return states.new_empty(rows, heads, self.capacity, dim)
+        kind = states.device.type
+        # Attention would cast them at every token.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        return states.new_empty(rows, heads, self.capacity, dim, dtype=dtype)
+
+
+class FixedLayer(DynamicLayer):
+    """One layer's keys and values in buffers that stay where they are, written at a column that the device knows.
+
+    Attributes:
+        columns: how many of the first columns :meth:`update` returns; the caller masks those that hold nothing yet.
+    """
+
+    def __init__(self, like: tuple[Tensor, Tensor], rows: int, columns: int, column: Tensor) -> None:
+        """Room for so many rows and columns of keys and values as these are, to be written at ``column`` [1]."""
+        super().__init__()
+        # Zeros: what is masked is still multiplied, by 0.
+        self.states = tuple(each.new_zeros(rows, each.shape[1], columns, each.shape[3]) for each in like)
+        self.is_initialized = True
+        self.column, self.columns = column, columns
+
+    def fill(self, states: tuple[Tensor, Tensor], group_size: int) -> None:
+        """Begin with the keys and values [P, heads, W, dim] of prompts, each repeated for its group."""
+        for buffer, read in zip(self.states, states, strict=True):
+            buffer[: len(read) * group_size, :, : read.shape[2]] = read.repeat_interleave(group_size, 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write [n, heads, 1, dim] states; returns views of the first columns [n, heads, columns, dim]."""
+        rows = len(key_states)
+        for buffer, new in zip(self.states, (key_states, value_states), strict=True):
+            buffer[:rows].index_copy_(2, self.column, new.to(buffer.dtype))
+        keys, values = (buffer[:rows, :, : self.columns] for buffer in self.states)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Columns, since which of them hold tokens the device alone knows."""
+        return self.columns
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order, as the first ones."""
+        for buffer in self.states:
+            buffer[: len(indices)] = buffer.index_select(0, indices)
 
 
 class StateLayer(LinearAttentionLayer):

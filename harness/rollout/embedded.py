@@ -5,7 +5,8 @@ taken from the logits that the tokens are drawn from. The random numbers of a co
 place in the rollout batch) alone: never on the algorithm, on other completions or on how many are decoded at once.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, stack_rows
 from harness.rollout.cache import build_cache
+from harness.rollout.decoding import Completions, Prompts, sample
+from harness.rollout.graphs import GraphDecoder, can_use_graphs
 
 
 class EmbeddedEngine:
@@ -29,6 +32,7 @@ class EmbeddedEngine:
         pad: int,
         max_tokens: int,
         record_routes: bool = False,
+        uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """
         Args:
@@ -38,10 +42,14 @@ class EmbeddedEngine:
             pad: the token that fills up rows.
             max_tokens: completions are cut at this length.
             record_routes: whether batches hold the experts that each token was routed to (for R3, arXiv 2510.11370).
+            uncharged: a context for what belongs to start-up.
         """
         self.model, self.config, self.eos, self.pad, self.max_tokens = model, config, eos, pad, max_tokens
-        self.record_routes, self.routing = record_routes, Routing(model)
+        self.routing = Routing(model) if record_routes else None
         self.device = model.device
+        self.graphs: GraphDecoder | None = None
+        if config.cuda_graphs and self.device.type == "cuda" and can_use_graphs(model):
+            self.graphs = GraphDecoder(model, config.temperature, eos, pad, self.routing, uncharged)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, generator: torch.Generator) -> Batch:
@@ -53,58 +61,66 @@ class EmbeddedEngine:
             generator: a CPU generator; all random numbers are drawn from it before sampling begins.
 
         Returns:
-            the completions in the order of the prompts, on the model's device.
+            the completions in the order of the prompts.
         """
         total = len(prompts) * group_size
-        noise = torch.rand(total, self.max_tokens, generator=generator, dtype=torch.float64).to(self.device)
-        completions = torch.full((total, self.max_tokens), self.pad, device=self.device)
-        logprobs = torch.zeros(total, self.max_tokens, device=self.device)
-        mask = torch.zeros(total, self.max_tokens, device=self.device)
+        noise = self._send(torch.rand(total, self.max_tokens, generator=generator, dtype=torch.float64))
+        completions = Completions.empty(total, self.max_tokens, self.pad, self.device)
         at_once = max(1, self.config.decode_sequences // group_size)
+        decode = self._decode if self.graphs is None else self.graphs.decode
         routes: list[Tensor] = []
-        with autocast(self.device), self.routing.watch() if self.record_routes else nullcontext():
+        with autocast(self.device), nullcontext() if self.routing is None else self.routing.watch():
+            if self.graphs is not None:
+                self.graphs.refresh()
             for first in range(0, len(prompts), at_once):
                 chunk = prompts[first : first + at_once]
                 rows = slice(first * group_size, (first + len(chunk)) * group_size)
-                routes += self._decode(chunk, group_size, noise[rows], completions[rows], logprobs[rows], mask[rows])
+                recorded = decode(self._read(chunk), group_size, noise[rows], completions[rows])
+                if recorded is not None:
+                    routes.append(recorded)
         group_ids = torch.arange(len(prompts)).repeat_interleave(group_size)
         repeated = [prompt for prompt in prompts for _ in range(group_size)]
-        batch = join(repeated, completions.cpu(), mask.cpu(), logprobs.cpu(), group_ids, self.pad)
-        if self.record_routes:
-            batch.routes = stack_rows(routes)[:, : batch.input_ids.shape[1]]
-        return batch.to(self.device)
+        tokens, logprobs, mask = (tensor.cpu() for tensor in vars(completions).values())
+        batch = join(repeated, tokens, mask, logprobs, group_ids, self.pad)
+        if routes:
+            batch.routes = stack_rows(routes)[:, : batch.input_ids.shape[1]].cpu()
+        return batch
 
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        group_size: int,
-        noise: Tensor,
-        completions: Tensor,
-        logprobs: Tensor,
-        mask: Tensor,
-    ) -> list[Tensor]:
-        """Fill the rows of one chunk, in place; returns its routes [rows, L, layers, k] if they are recorded."""
+    def _read(self, prompts: list[list[int]]) -> Prompts:
+        """Each prompt once for its whole group."""
         width = max(map(len, prompts))
         padded = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        input_ids = torch.tensor(padded, device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        attention = torch.arange(width, device=self.device) >= (width - lengths).unsqueeze(1)
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        cache = build_cache(self.model.config, width + self.max_tokens)
-        logits = self._forward(input_ids, attention, positions, cache)
-        routes = [self._prompt_routes(attention).repeat_interleave(group_size, 0)] if self.record_routes else []
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        present = torch.arange(width) >= (width - lengths).unsqueeze(1)
+        positions = (present.cumsum(1) - 1).clamp(min=0)
+        # Graphs have room of their own for what follows.
+        cache = build_cache(self.model.config, width + (self.max_tokens if self.graphs is None else 0))
+        inputs = self._send(torch.tensor(padded)), self._send(present), self._send(positions)
+        logits = self._forward(*inputs, cache)
+        routes = None if self.routing is None else self._prompt_routes(self.routing.choices(), present)
+        return Prompts(cache, self._send(present), self._send(lengths), logits, routes)
 
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting for it."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def _decode(self, prompts: Prompts, group_size: int, noise: Tensor, completions: Completions) -> Tensor | None:
+        """Fill ``completions`` of n = P x group_size rows by ``noise`` [n, T], giving up the rows of sequences that
+        end; returns their routes [n, L, layers, k] if they are recorded."""
+        cache, width = prompts.cache, prompts.present.shape[1]
         cache.batch_repeat_interleave(group_size)
-        logits = logits.repeat_interleave(group_size, 0)
+        logits = prompts.logits.repeat_interleave(group_size, 0)
+        routes = None if prompts.routes is None else prompts.routes.repeat_interleave(group_size, 0)
         # Room for every later token: the mask of a step is a view of this one.
-        attention = torch.cat([attention, attention.new_ones(len(prompts), self.max_tokens)], 1).repeat_interleave(
-            group_size, 0
-        )
-        positions = lengths.repeat_interleave(group_size)
+        later = prompts.present.new_ones(len(prompts.present), self.max_tokens)
+        attention = torch.cat([prompts.present, later], 1).repeat_interleave(group_size, 0)
+        positions = prompts.lengths.repeat_interleave(group_size)
         active = torch.arange(len(positions), device=self.device)
         for step in range(self.max_tokens):
-            tokens, token_logprobs = _sample(logits / self.config.temperature, noise[active, step])
-            completions[active, step], logprobs[active, step], mask[active, step] = tokens, token_logprobs, 1.0
+            tokens, logprobs = sample(logits / self.config.temperature, noise[active, step])
+            completions.tokens[active, step] = tokens
+            completions.logprobs[active, step] = logprobs
+            completions.mask[active, step] = 1.0
             alive = tokens != self.eos
             if step + 1 == self.max_tokens or not alive.any():
                 break
@@ -115,41 +131,35 @@ class EmbeddedEngine:
             logits = self._forward(
                 tokens.unsqueeze(1), attention[:, : width + step + 1], (positions + step).unsqueeze(1), cache
             )
-            for recorded in routes:
-                recorded[active, positions + step] = self.routing.choices()
+            if routes is not None and self.routing is not None:
+                routes[active, positions + step] = self.routing.choices()
         return routes
 
-    def _prompt_routes(self, attention: Tensor) -> Tensor:
-        """Routes [P, L, layers, k] of the prompts just read, which ``attention`` [P, width] marks, and room for later
-        tokens; a row's first token is at 0."""
-        rows, width = attention.shape
-        recorded = self.routing.choices().unflatten(0, (rows, width))
+    def _prompt_routes(self, choices: Tensor, present: Tensor) -> Tensor:
+        """Routes [P, L, layers, k] of the prompts just read, which ``present`` [P, W] marks in host memory, and room
+        for later tokens; a row's first token is at 0."""
+        rows, width = present.shape
+        recorded = choices.unflatten(0, (rows, width))
         routes = padding_routes(rows, width + self.max_tokens - 1, like=recorded)
-        starts = (~attention).sum(1)
-        prompts, columns = attention.nonzero(as_tuple=True)
-        routes[prompts, columns - starts[prompts]] = recorded[prompts, columns]
+        starts = (~present).sum(1)
+        prompts, columns = present.nonzero(as_tuple=True)
+        places = self._send(prompts), self._send(columns - starts[prompts])
+        routes.index_put_(places, recorded[places[0], self._send(columns)])
         return routes
 
     def _forward(self, input_ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Float32 logits [n, V] of each row's next token."""
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
-
-
-def _sample(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [n] by the inverse of the distribution function at ``noise`` [n], and their log-probabilities [n]."""
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    threshold = noise.unsqueeze(1) * cumulative[:, -1:]
-    tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if self.graphs is not None:
+            return self.graphs.forward(**inputs)
+        return self.model(**inputs).logits[:, -1].float()
 
 
 def _closing_gaps(alive: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_ours_and_the_plain_update_move_the_policy_alike():
         torch.manual_seed(1)
         ours._rollout()
         ours._judge()
-        side.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        side.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
         ours.config.algorithm.minibatches = 1
         if plain:
             side.ours.shape = replace(DENSE, minibatches=1)

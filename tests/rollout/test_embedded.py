@@ -7,7 +7,8 @@ import torch
 
 from harness.config import compose
 from harness.policy.logprobs import completion_logprobs
-from harness.rollout.embedded import EmbeddedEngine, _closing_gaps, _sample
+from harness.rollout.decoding import sample
+from harness.rollout.embedded import EmbeddedEngine, _closing_gaps
 from tests.policy.conftest import fresh
 
 EOS, PAD = 1, 0
@@ -40,7 +41,7 @@ def test_equals_sampling_one_by_one_without_a_cache(model):
         ids = list(PROMPTS[row // 2])
         for step, token in enumerate(completion):
             logits = model(input_ids=torch.tensor([ids])).logits[:, -1].float() / 0.8
-            expected, logprob = _sample(logits, noise[row, step : step + 1])
+            expected, logprob = sample(logits, noise[row, step : step + 1])
             assert token == expected.item()
             assert batch.rollout_logprobs[row, step].item() == pytest.approx(logprob.item(), abs=1e-4)
             ids.append(token)
@@ -106,11 +107,11 @@ def test_rows_hold_prompt_and_completion_without_its_last_token(model):
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.0, 0.1, 0.6, 0.0, 0.3]])).expand(20_000, 5)
     noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens, logprobs = _sample(logits, noise)
+    tokens, logprobs = sample(logits, noise)
     shares = torch.bincount(tokens, minlength=5) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.1, 0.6, 0.0, 0.3]), atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs, logits.gather(1, tokens.unsqueeze(1)).squeeze(1))
-    edges, _ = _sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64))
+    edges, _ = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64))
     assert edges.tolist() == [1, 4]
 
 

@@ -1,0 +1,46 @@
+"""What decoding starts from, what it fills, and how a token is drawn."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+@dataclass
+class Prompts:
+    """P prompts that were read together, padded on the left to W tokens."""
+
+    cache: Cache  # their keys and values
+    present: Tensor  # [P, W] bool, where a token is
+    lengths: Tensor  # [P] int
+    logits: Tensor  # [P, V] float32, of the first token that follows
+    routes: Tensor | None  # [P, W + T - 1, layers, k] where asked for: experts of each token, and room for later ones
+
+
+@dataclass
+class Completions:
+    """n completions of up to T tokens."""
+
+    tokens: Tensor  # [n, T] int, padded
+    logprobs: Tensor  # [n, T] float, 0 at padding
+    mask: Tensor  # [n, T] float, 1 at sampled tokens
+
+    @staticmethod
+    def empty(count: int, length: int, pad: int, device: torch.device) -> "Completions":
+        """None sampled yet."""
+        logprobs = torch.zeros(count, length, device=device)
+        return Completions(torch.full((count, length), pad, device=device), logprobs, torch.zeros_like(logprobs))
+
+    def __getitem__(self, rows: slice) -> "Completions":
+        """Views of some of them."""
+        return Completions(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def sample(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n] by the inverse of the distribution function at ``noise`` [n], and their log-probabilities [n]."""
+    logprobs = logits.log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    threshold = noise.unsqueeze(1) * cumulative[:, -1:]
+    tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
