@@ -36,7 +36,8 @@ class PolicyLM(HFLM):
         # than the forward pass of a small model.
         others = [text for text in stop if text != self.tokenizer.eos_token]
         if not others and _is_plain(settings):
-            return self._sample(context, attention_mask, max_length - context.shape[1], settings.get("temperature", 1.0))
+            temperature = settings.get("temperature", 1.0)
+            return self._sample(context, attention_mask, max_length - context.shape[1], temperature)
         return super()._model_generate(
             context,
             max_length,
@@ -50,9 +51,8 @@ class PolicyLM(HFLM):
         """``context`` [B, W], which is padded on the left, with up to ``max_tokens`` tokens behind it."""
         prompts = [row[mask.bool()].tolist() for row, mask in zip(context.cpu(), present.cpu(), strict=True)]
         config = RolloutConfig("embedded", len(prompts), temperature, len(prompts), cuda_graphs=False)
-        engine = EmbeddedEngine(
-            self.model, config, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, max_tokens
-        )  # fmt: skip
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        engine = EmbeddedEngine(self.model, config, eos, pad, max_tokens)
         # lm-eval's batches follow each other in torch's global generator, which the evaluation has seeded.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         completions = engine.generate(prompts, 1, generator).completions
