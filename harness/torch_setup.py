@@ -10,6 +10,8 @@ def set_up_torch(threads: int) -> None:
 
     disable_progress_bar()  # it would write over the live table and fill log.txt
     torch.set_num_threads(threads)
+    # cuDNN's attention plans for each new shape, which takes longer than attending; here nearly every shape is new.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.get_num_interop_threads() != 1:  # may be set only once in a process
         torch.set_num_interop_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's matrix products are not repeatable

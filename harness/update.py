@@ -21,7 +21,7 @@ from harness.policy.loading import decoder
 from harness.policy.logprobs import completion_logprobs, recomputes
 from harness.policy.packing import Packing
 from harness.policy.routing import Routing, changes
-from harness.rollout.batch import Batch
+from harness.rollout.batch import Batch, send
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Targets:
         return Targets(**cut, routes=None if self.routes is None else self.routes[rows, :length])
 
     def to(self, device: torch.device) -> "Targets":
-        """On another device, without waiting for it."""
+        """On another device."""
         there = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return Targets(**{name: tensor.to(device, non_blocking=True) for name, tensor in there.items()})
+        return Targets(**{name: send(tensor, device) for name, tensor in there.items()})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import drop_padding
 from harness.rollout.embedded import EmbeddedEngine
 from harness.runs.directory import METRICS
+from harness.torch_setup import set_up_torch
 from harness.update import PolicyUpdater, Targets
 from tests.policy.conftest import fresh
 from tests.tiny_run import lines, run
@@ -26,6 +27,11 @@ pytestmark = [
 EOS, PAD, MOST = 1, 0, 48
 
 
+@pytest.fixture(autouse=True)
+def _as_a_run_has_it():
+    set_up_torch(1)
+
+
 @pytest.mark.parametrize(
     "cell",
     [
@@ -34,6 +40,7 @@ EOS, PAD, MOST = 1, 0, 48
         "algorithm=grpo_routing_replay model=tiny_moe",
         "algorithm=grpo_rollout_routing_replay model=tiny_moe",
         "algorithm=gspo model=tiny_moe rollout.cuda_graphs=false",
+        "algorithm=gspo model=tiny_dense model.activation_checkpointing=true evaluation.fractions=[1.0]",
     ],
 )
 def test_a_run_on_the_gpu_is_done_and_its_sampler_and_trainer_agree(cold_starts, tmp_path, cell):
@@ -62,7 +69,8 @@ def sample(model, seed, graphs=True, record_routes=False):
 
 
 @pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
-def test_graphs_sample_what_the_trainer_finds_likely(name):
+def test_graphs_sample_what_the_trainer_finds_likely(name, monkeypatch):
+    monkeypatch.setattr("harness.rollout.graphs._LOOK", 4)  # so that graphs of fewer rows take over
     model = on_gpu(name)
     (first, again), engine = sample(model, 0, record_routes=name == "tiny_moe")
     assert len(engine.graphs._steps) > 1

@@ -128,11 +128,11 @@ class Generate:
 
 
 class PlainUpdate:
-    """The optimizer steps of a loop that holds its logits: no chunks, no metrics but the loss."""
+    """The optimizer steps of a loop that holds its logits: no chunks, no metrics but the loss; the same optimizer."""
 
     def __init__(self, model: PreTrainedModel, ours: OurPhases) -> None:
         self.model, self.ours, self.device = model, ours, torch.device(ours.device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=True)
+        self.optimizer = ours.updater.optimizer  # a second one's moments may not fit beside it
         self()
 
     def __call__(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from harness.policy.loading import autocast, decoder
 from harness.policy.packing import Packing
-from harness.rollout.batch import Batch
+from harness.rollout.batch import Batch, send
 
 # Logits that are held for the backward pass at most: 2^25 float32 are 128 MiB.
 HELD_ELEMENTS = 2**25
@@ -42,7 +42,7 @@ def completion_logprobs(
     """
     packing = Packing(decoder(model), batch)
     states = completion_states(decoder(model), packing)
-    tokens = batch.completions[batch.mask.bool()].to(model.device, non_blocking=True)
+    tokens = send(batch.completions[batch.mask.bool()], model.device)
     logprobs, entropy = token_logprobs(states, model.get_output_embeddings(), tokens, temperature, entropy_gradient)
     return packing.of_completions(logprobs), packing.of_completions(entropy)
 

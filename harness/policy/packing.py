@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE
-from harness.rollout.batch import Batch
+from harness.rollout.batch import Batch, send
 
 
 class Packing:
@@ -48,9 +48,9 @@ class Packing:
             self.completion = rows * self.shape[1] + columns
             self.inputs = {"input_ids": batch.input_ids}
         for name, tensor in self.inputs.items():
-            self.inputs[name] = tensor.to(network.device, non_blocking=True)
+            self.inputs[name] = send(tensor, network.device)
         self._places, self._sampled, self.completion = (
-            places.to(network.device, non_blocking=True) for places in (self._places, self._sampled, self.completion)
+            send(places, network.device) for places in (self._places, self._sampled, self.completion)
         )
         if network.config._attn_implementation == PADDING_FREE:
             self.inputs["packing"] = self

@@ -57,13 +57,20 @@ class Batch:
         return rows, self.prompt_lengths[rows] - 1 + steps
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device, without waiting for it."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        """On another device."""
+        return Batch(**{name: send(tensor, device) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Those that are there."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in columns.items() if tensor is not None}
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """From host memory to a device, without waiting for it."""
+    if device.type == "cuda":  # which waits for what it copies from memory that may be paged out
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def stack_rows(parts: list[Tensor]) -> Tensor:

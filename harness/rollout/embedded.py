@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from harness.config import RolloutConfig
+from harness.policy.attention import PADDING_FREE
 from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
-from harness.rollout.batch import Batch, join, stack_rows
+from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import build_cache
 from harness.rollout.decoding import Completions, Prompts, sample
 from harness.rollout.graphs import GraphDecoder, can_use_graphs
+from harness.rollout.weights import SamplingWeights
 
 
 class EmbeddedEngine:
@@ -47,9 +49,10 @@ class EmbeddedEngine:
         self.model, self.config, self.eos, self.pad, self.max_tokens = model, config, eos, pad, max_tokens
         self.routing = Routing(model) if record_routes else None
         self.device = model.device
+        self.weights = SamplingWeights(model)
         self.graphs: GraphDecoder | None = None
         if config.cuda_graphs and self.device.type == "cuda" and can_use_graphs(model):
-            self.graphs = GraphDecoder(model, config.temperature, eos, pad, self.routing, uncharged)
+            self.graphs = GraphDecoder(self.weights, config.temperature, eos, pad, self.routing, uncharged)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, generator: torch.Generator) -> Batch:
@@ -70,8 +73,7 @@ class EmbeddedEngine:
         decode = self._decode if self.graphs is None else self.graphs.decode
         routes: list[Tensor] = []
         with autocast(self.device), nullcontext() if self.routing is None else self.routing.watch():
-            if self.graphs is not None:
-                self.graphs.refresh()
+            self.weights.refresh()
             for first in range(0, len(prompts), at_once):
                 chunk = prompts[first : first + at_once]
                 rows = slice(first * group_size, (first + len(chunk)) * group_size)
@@ -95,14 +97,16 @@ class EmbeddedEngine:
         positions = (present.cumsum(1) - 1).clamp(min=0)
         # Graphs have room of their own for what follows.
         cache = build_cache(self.model.config, width + (self.max_tokens if self.graphs is None else 0))
-        inputs = self._send(torch.tensor(padded)), self._send(present), self._send(positions)
-        logits = self._forward(*inputs, cache)
+        mask: Tensor | None = present
+        if self.model.config._attn_implementation == PADDING_FREE:
+            mask = None if present.all() else _each_sees_one(present)
+        attention = None if mask is None else self._send(mask)
+        logits = self._forward(self._send(torch.tensor(padded)), attention, self._send(positions), cache)
         routes = None if self.routing is None else self._prompt_routes(self.routing.choices(), present)
         return Prompts(cache, self._send(present), self._send(lengths), logits, routes)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """To the device, without waiting for it."""
-        return tensor.to(self.device, non_blocking=True)
+        return send(tensor, self.device)
 
     def _decode(self, prompts: Prompts, group_size: int, noise: Tensor, completions: Completions) -> Tensor | None:
         """Fill ``completions`` of n = P x group_size rows by ``noise`` [n, T], giving up the rows of sequences that
@@ -147,19 +151,27 @@ class EmbeddedEngine:
         routes.index_put_(places, recorded[places[0], self._send(columns)])
         return routes
 
-    def _forward(self, input_ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _forward(self, input_ids: Tensor, attention: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """Float32 logits [n, V] of each row's next token."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        if self.graphs is not None:
-            return self.graphs.forward(**inputs)
-        return self.model(**inputs).logits[:, -1].float()
+        return self.weights(
+            input_ids=input_ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+
+def _each_sees_one(present: Tensor) -> Tensor:
+    """[P, 1, W, W] which tokens see which, causally, of prompts whose tokens ``present`` [P, W] marks.
+
+    Padding sees itself: kernels differ in what they make of a token that sees none. As a whole mask, since transformers
+    would wait for the device to say whether a mark for each token hides anything.
+    """
+    width = present.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool)
 
 
 def _closing_gaps(alive: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from harness.errors import ConfigError
 from harness.policy.attention import PADDING_FREE
-from harness.policy.routing import Routing, is_experts
+from harness.policy.routing import Routing
 from harness.rollout.cache import FixedLayer, SlotLayer
 from harness.rollout.decoding import Completions, Prompts, sample
+from harness.rollout.weights import SamplingWeights
 
 Step = Callable[[], None]
 
@@ -37,12 +37,13 @@ class CudaGraphs:
     """Records steps; all graphs share their memory, since one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        # Not those that torch shares with others, whose end would be felt here.
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, step: Step) -> Step:
         """The step as one launch. It must have run before."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             step()
         return graph.replay
 
@@ -52,43 +53,29 @@ class GraphDecoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        forward: SamplingWeights,
         temperature: float,
         eos: int,
         pad: int,
         routing: Routing | None,
         uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
-        capture: Callable[[Step], Step] | None = None,
+        recorder: Callable[[], Callable[[Step], Step]] = CudaGraphs,
     ) -> None:
         """
         Args:
-            model: one that :func:`can_use_graphs`.
+            forward: of a model that :func:`can_use_graphs`.
             temperature: of sampling.
             eos: the token that ends a completion.
             pad: the token that fills up rows.
             routing: watches the experts that are chosen, where they are recorded.
             uncharged: a context for recording graphs.
-            capture: makes a step that can be repeated of one that has run; CUDA graphs by default.
+            recorder: makes what makes, of a step that has run, one that can be repeated.
         """
-        self.model, self.temperature, self.eos, self.pad, self.routing = model, temperature, eos, pad, routing
-        self.uncharged, self.capture = uncharged, capture or CudaGraphs()
-        self.device = model.device
-        self._weights: dict[str, Tensor] | None = None
+        self.forward, self.temperature, self.eos, self.pad, self.routing = forward, temperature, eos, pad, routing
+        self.uncharged, self.recorder = uncharged, recorder
+        self.device = forward.model.device
         self._rows: _Rows | None = None
         self._steps: dict[tuple[int, int], Step] = {}
-
-    def refresh(self) -> None:
-        """Take over the weights as they are now, in the precision that autocast is set to."""
-        if self._weights is None:
-            self._weights = _compute_copies(self.model)
-        masters = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, copy in self._weights.items():
-            copy.copy_(masters[name])
-
-    def forward(self, **inputs: object) -> Tensor:
-        """Float32 logits [n, V] of each row's next token, by weights that are in the precision of autocast already."""
-        output = functional_call(self.model, self._weights or {}, (), inputs, tie_weights=False)
-        return output.logits[:, -1].float()
 
     def decode(self, prompts: Prompts, group_size: int, noise: Tensor, completions: Completions) -> Tensor | None:
         """Fill ``completions`` of n = P x group_size rows by ``noise`` [n, T]; returns their routes if recorded."""
@@ -114,6 +101,7 @@ class GraphDecoder:
         rows = self._rows
         if rows is None or not rows.has_room(count, width + length, length):
             self._steps.clear()  # they work on the old one's memory
+            self._record_step = self.recorder()  # memory that graphs shared cannot be shared again once all are gone
             self._rows = None
             self._rows = rows = _Rows(prompts, count, _multiple(width + length, _COLUMNS), length, self.pad)
         rows.fill(prompts, group_size, noise, self.pad)
@@ -131,11 +119,12 @@ class GraphDecoder:
         step()
         with self.uncharged():
             try:
-                self._steps[count, columns] = self.capture(step)
+                self._steps[count, columns] = self._record_step(step)
             except RuntimeError as error:
+                first = error.__context__ or error  # what broke off the recording, not that it could not be ended
                 raise ConfigError(
-                    f"rollout.cuda_graphs=true: a decoding step of {type(self.model).__name__} cannot be recorded "
-                    f"({str(error).splitlines()[0]}); set it to false"
+                    f"rollout.cuda_graphs=true: a decoding step of {type(self.forward.model).__name__} cannot be "
+                    f"recorded ({str(first).splitlines()[0]}); set it to false"
                 ) from error
 
     def _step(self, rows: "_Rows", count: int, columns: int) -> None:
@@ -275,19 +264,6 @@ class _Late:
         event = torch.cuda.Event()
         event.record()
         return told, event
-
-
-def _compute_copies(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Room for the large weights in the precision of autocast, by name; none where it is off."""
-    kind = model.device.type
-    if not torch.is_autocast_enabled(kind):
-        return {}
-    copies = {}
-    for prefix, module in model.named_modules():
-        for name, weight in module.named_parameters(prefix, recurse=False):
-            if weight.ndim == 3 if is_experts(module) else weight.ndim == 2 and isinstance(module, nn.Linear):
-                copies[name] = torch.empty_like(weight, dtype=torch.get_autocast_dtype(kind), requires_grad=False)
-    return copies
 
 
 def _multiple(number: int, of: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from harness.config import compose
 from harness.policy.logprobs import completion_logprobs
 from harness.rollout.decoding import sample
-from harness.rollout.embedded import EmbeddedEngine, _closing_gaps
+from harness.rollout.embedded import EmbeddedEngine, _closing_gaps, _each_sees_one
 from tests.policy.conftest import fresh
 
 EOS, PAD = 1, 0
@@ -113,6 +113,15 @@ def test_sampling_follows_the_distribution():
     torch.testing.assert_close(logprobs, logits.gather(1, tokens.unsqueeze(1)).squeeze(1))
     edges, _ = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64))
     assert edges.tolist() == [1, 4]
+
+
+def test_prompts_see_what_came_before_and_padding_sees_itself():
+    present = torch.tensor([[True, True, True], [False, False, True], [False, True, True]])
+    seen = _each_sees_one(present)
+    assert seen.shape == (3, 1, 3, 3) and seen.any(-1).all()
+    assert seen[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert seen[1, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert seen[2, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,11 @@ class Recorder:
     """In place of CudaGraphs: recording leaves all tensors as they were, as capturing does."""
 
     def __init__(self):
-        self.recorded, self.decoder = [], None
+        self.recorded, self.decoder, self.begun = [], None, 0
+
+    def begin(self):
+        self.begun += 1
+        return self
 
     def __call__(self, step):
         rows = self.decoder._rows
@@ -105,7 +109,8 @@ def engines(model, record_routes=False, **changes):
     config = replace(compose().rollout, **changes)
     eager, recorded = (EmbeddedEngine(model, config, EOS, PAD, MOST, record_routes) for _ in range(2))
     recorder = Recorder()
-    recorded.graphs = GraphDecoder(model, config.temperature, EOS, PAD, recorded.routing, capture=recorder)
+    forward, routing = recorded.weights, recorded.routing
+    recorded.graphs = GraphDecoder(forward, config.temperature, EOS, PAD, routing, recorder=recorder.begin)
     recorder.decoder = recorded.graphs
     return eager, recorded, recorder
 
@@ -134,10 +139,12 @@ def test_recorded_steps_sample_what_the_eager_engine_samples(model, decode_seque
 
 
 def test_longer_prompts_and_more_rows_than_before_find_room(model):
-    eager, recorded, _ = engines(model)
-    for prompts, group_size in ((PROMPTS[:2], 2), (PROMPTS, 4), ([PROMPTS[1] * 3, [4]], 2), (PROMPTS[:1], 1)):
+    eager, recorded, recorder = engines(model)
+    cases = [(PROMPTS[:2], 2, 1), (PROMPTS, 4, 2), ([PROMPTS[1] * 3, [4]], 2, 3), (PROMPTS[:1], 1, 3)]
+    for prompts, group_size, begun in cases:
         expected = sampled(eager, prompts=prompts, group_size=group_size)
         assert_same(sampled(recorded, prompts=prompts, group_size=group_size), expected)
+        assert recorder.begun == begun  # graphs of what was given up share no memory with new ones
 
 
 def test_weights_that_have_changed_are_the_ones_that_sample(model):
@@ -183,9 +190,12 @@ def test_a_step_that_cannot_be_recorded_names_the_setting(model):
     _, recorded, _ = engines(model)
 
     def refuse(step):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("the recording could not be ended")  # as torch.cuda.graph does
 
-    recorded.graphs.capture = refuse
+    recorded.graphs.recorder = lambda: refuse
     with pytest.raises(ConfigError, match=r"rollout.cuda_graphs=true: .* cannot be recorded \(operation not .*false"):
         sampled(recorded)
 
@@ -227,8 +237,8 @@ def test_in_bfloat16_the_sampler_and_the_trainer_agree(model, bfloat16):
             with torch.no_grad():
                 logprobs, _ = completion_logprobs(model, other, 1.0)
             assert ((other.rollout_logprobs - logprobs).abs() * other.mask).sum() / other.mask.sum() < 0.02
-    copies = recorded.graphs._weights
-    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16}
+    copies = recorded.weights.copies
+    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16} and eager.weights.copies.keys() == copies.keys()
     large = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
     assert {"lm_head.weight", *fresh_experts(model)} <= set(copies) and "model.embed_tokens.weight" not in copies
     assert len(copies) >= len(large) - 1 - model.config.num_hidden_layers  # all but embeddings and routers

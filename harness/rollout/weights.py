@@ -1,0 +1,51 @@
+"""The policy as rollouts see it: with its large weights in the precision of autocast."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from harness.policy.routing import is_experts
+
+
+class SamplingWeights:
+    """Copies of the matrices that are read at every token.
+
+    Autocast would cast those of linear layers once in a rollout, in memory that CUDA graphs cannot rely on, and those
+    of experts at every token. Embeddings, norms and routers stay the policy's own, so that numbers are those of
+    autocast.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.copies: dict[str, Tensor] | None = None  # by name; none where autocast is off
+
+    def refresh(self) -> None:
+        """Take over the policy's weights as they are now, in the precision that autocast is set to."""
+        masters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self.copies is None:
+            self.copies = {}
+            kind = self.model.device.type
+            if torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+                self.copies = {name: torch.empty_like(masters[name], dtype=dtype) for name in _matrices(self.model)}
+        for name, copy in self.copies.items():
+            copy.copy_(masters[name])
+
+    def __call__(self, **inputs: object) -> Tensor:
+        """Float32 logits [n, V] of each row's next token."""
+        if self.copies:
+            output = functional_call(self.model, self.copies, (), inputs, tie_weights=False)
+        else:
+            output = self.model(**inputs)
+        return output.logits[:, -1].float()
+
+
+def _matrices(model: PreTrainedModel) -> list[str]:
+    """Names of the weights of linear layers and stacked experts."""
+    names = []
+    for prefix, module in model.named_modules():
+        for name, weight in module.named_parameters(prefix, recurse=False):
+            if weight.ndim == 3 if is_experts(module) else weight.ndim == 2 and isinstance(module, nn.Linear):
+                names.append(name)
+    return names
