@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -34,41 +35,67 @@ class Packing:
         rows, columns = batch.positions()
         self._sampled = batch.mask.flatten().nonzero().squeeze(1)
         all_columns = torch.arange(self.shape[1]).expand(self.shape)
-        if network.config._attn_implementation == PADDING_FREE:
-            self._places = (all_columns < batch.lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
-            self.completion = (batch.lengths.cumsum(0) - batch.lengths)[rows] + columns
-            self.inputs: dict[str, Any] = {
+        padding_free = network.config._attn_implementation == PADDING_FREE
+        lengths = batch.lengths if padding_free else torch.full_like(batch.lengths, self.shape[1])
+        self._places = (all_columns < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        # Of each position of the rows, which token is there; N, one past the last, where none is.
+        self._tokens = torch.full((self.shape.numel(),), len(self._places))
+        self._tokens[self._places] = torch.arange(len(self._places))
+        self.completion = (lengths.cumsum(0) - lengths)[rows] + columns
+        self.inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if padding_free:
+            self.inputs = {
                 "input_ids": self.in_one(batch.input_ids).unsqueeze(0),
                 "position_ids": self.in_one(all_columns).unsqueeze(0),
                 # Without one transformers would look in the positions for sequences, and wait for the device.
                 "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
             }
-        else:
-            self._places = torch.arange(batch.input_ids.numel())
-            self.completion = rows * self.shape[1] + columns
-            self.inputs = {"input_ids": batch.input_ids}
         for name, tensor in self.inputs.items():
             self.inputs[name] = send(tensor, network.device)
-        self._places, self._sampled, self.completion = (
-            send(places, network.device) for places in (self._places, self._sampled, self.completion)
+        self._places, self._tokens, self._sampled, self.completion = (
+            send(places, network.device) for places in (self._places, self._tokens, self._sampled, self.completion)
         )
-        if network.config._attn_implementation == PADDING_FREE:
+        if padding_free:
             self.inputs["packing"] = self
 
     def in_one(self, rows: Tensor) -> Tensor:
         """[N, ...] from [B, L, ...]."""
-        return rows.flatten(0, 1).index_select(0, self._places)
+        return _Gather.apply(rows.flatten(0, 1), self._places, self._tokens)
 
     def in_rows(self, tokens: Tensor, fill: Tensor | None = None) -> Tensor:
         """[B, L, ...] from [N, ...]; 0 where no token is, or those of ``fill`` [B, L, ...]."""
-        size = self.shape.numel()
-        base = tokens.new_zeros(size, *tokens.shape[1:]) if fill is None else fill.flatten(0, 1)
-        return base.index_copy(0, self._places, tokens).unflatten(0, self.shape)
+        if fill is None:
+            return _Gather.apply(tokens, self._tokens, self._places).unflatten(0, self.shape)
+        return fill.flatten(0, 1).index_copy(0, self._places, tokens).unflatten(0, self.shape)
 
     def of_completions(self, values: Tensor) -> Tensor:
         """[B, T] from those of the M completion tokens, 0 where masked."""
         zeros = values.new_zeros(self._completions_shape.numel())
         return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
+
+
+class _Gather(torch.autograd.Function):
+    """Elements along the first dimension, each at most once, and 0 for an index past the last.
+
+    Both directions gather, where torch would scatter the gradient: with deterministic kernels by sorting the indices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, elements: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, inverse)
+        return _gather(elements, indices, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        indices, inverse = ctx.saved_tensors
+        return _gather(gradient, inverse, indices), None, None
+
+
+def _gather(elements: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+    if len(indices) > len(inverse):  # some are past the last
+        elements = torch.cat([elements, elements.new_zeros(1, *elements.shape[1:])])
+    return elements.index_select(0, indices)
 
 
 @torch.no_grad()
