@@ -18,7 +18,7 @@ from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import Packing
 from harness.policy.routing import Routing, padding_routes
 from harness.reward import Rewards
-from harness.rollout.batch import Batch
+from harness.rollout.batch import Batch, send
 from harness.update import Targets
 
 
@@ -73,8 +73,7 @@ class Judge:
 
         def forward(micro: Batch) -> Tensor:
             packing = Packing(decoder(self.policy), micro)
-            routes = micro.to(self.policy.device).routes
-            routing.replay = None if routes is None else packing.in_one(routes)
+            routing.replay = None if micro.routes is None else packing.in_one(send(micro.routes, self.policy.device))
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
             if routing.layers and micro.routes is None:
                 with recording():

@@ -168,7 +168,7 @@ class CriticUpdater(Updater):
         tokens = batch.mask[rows].sum()
         total = torch.zeros((), device=self.device)
         for micro, judged in self.micro_batches(batch, targets, rows):
-            values, judged, mask = self.critic(micro), judged.to(self.device), micro.to(self.device).mask
+            values, judged, mask = self.critic(micro), judged.to(self.device), send(micro.mask, self.device)
             assert judged.old_values is not None and judged.returns is not None
             loss, clipped = value_loss(values, judged.old_values, judged.returns, mask, self.value_clip)
             (loss / tokens).backward()
@@ -214,7 +214,7 @@ class PolicyUpdater(Updater):
     def _micro_backward(self, micro: Batch, targets: Targets, tokens: Tensor, metrics: Metrics) -> Tensor:
         """Gradients of a micro-batch in host memory, whose targets are on the device; returns its share of the loss."""
         assert targets.weights is not None and targets.selected is not None
-        on_device = micro.to(self.device)
+        mask, rollout_logprobs = send(micro.mask, self.device), send(micro.rollout_logprobs, self.device)
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
         routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
@@ -226,11 +226,11 @@ class PolicyUpdater(Updater):
                 logprobs,
                 targets.old_logprobs,
                 targets.advantages,
-                on_device.mask,
+                mask,
                 targets.weights,
                 targets.selected,
                 algorithm,
-                rollout_logprobs=on_device.rollout_logprobs if algorithm.old_logprobs == "trainer" else None,
+                rollout_logprobs=rollout_logprobs if algorithm.old_logprobs == "trainer" else None,
                 ref_logprobs=targets.ref_logprobs,
             )
             if bonus > 0:

@@ -142,7 +142,8 @@ class PlainUpdate:
 
     def _update(self) -> None:
         shape = self.ours.shape
-        self.batch, self.targets = self.ours.batch.to(self.device), self.ours.targets.to(self.device)
+        batch, self.targets = self.ours.batch, self.ours.targets.to(self.device)
+        self.input_ids, self.completions = batch.input_ids.to(self.device), batch.completions.to(self.device)
         for rows in torch.randperm(shape.sequences, device=self.device).chunk(shape.minibatches):
             for micro in rows.split(shape.micro_batch):
                 (self._loss(micro) / len(rows)).backward()
@@ -151,12 +152,12 @@ class PlainUpdate:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, rows: Tensor) -> Tensor:
-        batch, targets, temperature = self.batch, self.targets, self.ours.config.rollout.temperature
-        with autocast(batch.input_ids.device):
-            logits = self.model(input_ids=batch.input_ids[rows], use_cache=False).logits
+        targets, temperature = self.targets, self.ours.config.rollout.temperature
+        with autocast(self.device):
+            logits = self.model(input_ids=self.input_ids[rows], use_cache=False).logits
         # All prompts and completions have the same lengths.
         logprobs = (logits[:, self.ours.shape.prompt - 1 :].float() / temperature).log_softmax(-1)
-        ratio = (logprobs.gather(2, batch.completions[rows, :, None])[..., 0] - targets.old_logprobs[rows]).exp()
+        ratio = (logprobs.gather(2, self.completions[rows, :, None])[..., 0] - targets.old_logprobs[rows]).exp()
         advantages = targets.advantages[rows]
         return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.27) * advantages).mean(1).sum()
 

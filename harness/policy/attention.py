@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,6 +22,11 @@ PADDING_FREE = "padding_free"  # the name in a model's configuration
 
 # Scores held at once for the backward pass, as long as they fit into a core's cache; longer rows take torch's kernel.
 _SCORES = 2**20
+
+
+def is_padding_free(network: PreTrainedModel) -> bool:
+    """Whether it attends through here, which only models do whose layers all attend to all that came before."""
+    return network.config._attn_implementation == PADDING_FREE
 
 
 def padding_free_attention(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from harness.policy.attention import PADDING_FREE
+from harness.policy.attention import PADDING_FREE, is_padding_free
 from harness.rollout.batch import Batch, send
 
 
@@ -35,7 +35,7 @@ class Packing:
         rows, columns = batch.positions()
         self._sampled = batch.mask.flatten().nonzero().squeeze(1)
         all_columns = torch.arange(self.shape[1]).expand(self.shape)
-        padding_free = network.config._attn_implementation == PADDING_FREE
+        padding_free = is_padding_free(network)
         lengths = batch.lengths if padding_free else torch.full_like(batch.lengths, self.shape[1])
         self._places = (all_columns < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
         # Of each position of the rows, which token is there; N, one past the last, where none is.

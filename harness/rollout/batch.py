@@ -56,10 +56,6 @@ class Batch:
         rows, steps = self.mask.nonzero(as_tuple=True)
         return rows, self.prompt_lengths[rows] - 1 + steps
 
-    def to(self, device: torch.device) -> "Batch":
-        """On another device."""
-        return Batch(**{name: send(tensor, device) for name, tensor in self._tensors().items()})
-
     def _tensors(self) -> dict[str, Tensor]:
         """Those that are there."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from harness.config import RolloutConfig
-from harness.policy.attention import PADDING_FREE
+from harness.policy.attention import is_padding_free
 from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import build_cache
 from harness.rollout.decoding import Completions, Prompts, sample
-from harness.rollout.graphs import GraphDecoder, can_use_graphs
+from harness.rollout.graphs import GraphDecoder
 from harness.rollout.weights import SamplingWeights
 
 
@@ -51,7 +51,7 @@ class EmbeddedEngine:
         self.device = model.device
         self.weights = SamplingWeights(model)
         self.graphs: GraphDecoder | None = None
-        if config.cuda_graphs and self.device.type == "cuda" and can_use_graphs(model):
+        if config.cuda_graphs and self.device.type == "cuda" and is_padding_free(model):
             self.graphs = GraphDecoder(self.weights, config.temperature, eos, pad, self.routing, uncharged)
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class EmbeddedEngine:
         # Graphs have room of their own for what follows.
         cache = build_cache(self.model.config, width + (self.max_tokens if self.graphs is None else 0))
         mask: Tensor | None = present
-        if self.model.config._attn_implementation == PADDING_FREE:
+        if is_padding_free(self.model):
             mask = None if present.all() else _each_sees_one(present)
         attention = None if mask is None else self._send(mask)
         logits = self._forward(self._send(torch.tensor(padded)), attention, self._send(positions), cache)

@@ -10,11 +10,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache
 
 from harness.errors import ConfigError
-from harness.policy.attention import PADDING_FREE
 from harness.policy.routing import Routing
 from harness.rollout.cache import FixedLayer, SlotLayer
 from harness.rollout.decoding import Completions, Prompts, sample
@@ -25,12 +23,6 @@ Step = Callable[[], None]
 _COLUMNS = 256  # graphs read keys up to a multiple of it: what is read in vain, against how many graphs there are
 _ROWS = 8  # fewer rows are not decoded any faster
 _LOOK = 16  # steps between two looks at how many sequences live
-
-
-def can_use_graphs(model: PreTrainedModel) -> bool:
-    """Whether all layers attend to all that came before, through the harness's attention."""
-    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return whole and model.config.get_text_config()._attn_implementation == PADDING_FREE
 
 
 class CudaGraphs:
@@ -63,7 +55,7 @@ class GraphDecoder:
     ) -> None:
         """
         Args:
-            forward: of a model that :func:`can_use_graphs`.
+            forward: of a model that does without padding.
             temperature: of sampling.
             eos: the token that ends a completion.
             pad: the token that fills up rows.

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from harness.config import compose
 from harness.errors import ConfigError
-from harness.policy.attention import _products
+from harness.policy.attention import _products, is_padding_free
 from harness.policy.experts import AUTOCAST_GROUPED_MM, follow_autocast
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import drop_padding
 from harness.rollout import embedded, graphs
 from harness.rollout.embedded import EmbeddedEngine
-from harness.rollout.graphs import GraphDecoder, can_use_graphs
+from harness.rollout.graphs import GraphDecoder
 from tests.policy.conftest import fresh
 from tests.policy.families import FAMILIES, build
 
@@ -201,12 +201,12 @@ def test_a_step_that_cannot_be_recorded_names_the_setting(model):
 
 
 def test_which_models_can(model):
-    assert can_use_graphs(model)
-    assert not can_use_graphs(fresh("tiny_dense"))  # as loaded, with padding
+    assert is_padding_free(model)
+    assert not is_padding_free(fresh("tiny_dense"))  # as loaded, with padding
     for family in FAMILIES:
         network = build(family)
         drop_padding(network)
-        if can_use_graphs(network):
+        if is_padding_free(network):
             eager, recorded, _ = engines(network)
             assert_same(sampled(recorded), sampled(eager))
 
