@@ -11,6 +11,7 @@ from harness.algorithms.metrics import Metrics
 from harness.config import compose
 from harness.policy.experts import follow_autocast
 from harness.policy.logprobs import completion_logprobs
+from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.rollout.embedded import EmbeddedEngine
 from harness.runs.directory import METRICS
@@ -54,6 +55,7 @@ def on_gpu(name):
     model = fresh(name)
     with torch.no_grad():  # so that sequences end at different steps
         model.lm_head.weight[EOS] += 0.05
+    fuse_normalization(model)
     drop_padding(model)
     model.to("cuda")
     follow_autocast(model)

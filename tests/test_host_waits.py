@@ -17,6 +17,7 @@ from harness.config import BudgetConfig, compose
 from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import critic_cost, policy_cost
+from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.policy.routing import padding_routes
 from harness.update import CriticUpdater, PolicyUpdater, Targets
@@ -34,6 +35,7 @@ def name(request):
 @pytest.fixture
 def policy(name):
     model = fresh(name)
+    fuse_normalization(model)
     drop_padding(model)
     return model.to("meta", torch.bfloat16)  # which off the CPU grouped products of experts must have
 

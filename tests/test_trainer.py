@@ -15,8 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from harness.analysis.figures import all_figures
 from harness.analysis.page import write_report
@@ -27,6 +25,7 @@ from harness.config import compose, load
 from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
 from harness.policy.loading import load_policy
+from harness.policy.normalization import RMSNorm
 from harness.runs import load_runs
 from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
 from harness.trainer import Trainer
@@ -224,9 +223,8 @@ def test_micro_batches_change_no_result(results, cell):
 def test_activations_computed_again_change_no_result_and_are_charged(results, cell, monkeypatch):
     load_policy(compose([*TINY, *cell]).model, "cpu")  # the cold start, which is not counted
     passes: list[bool] = []
-    norm = Qwen3MoeRMSNorm if "model=tiny_moe" in cell else Qwen3RMSNorm
-    forward = norm.forward
-    monkeypatch.setattr(norm, "forward", lambda *args: passes.append(torch.is_grad_enabled()) or forward(*args))
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda *args: passes.append(torch.is_grad_enabled()) or forward(*args))
     rows, counts = [], []
     for setting in ("false", "true"):
         passes.clear()

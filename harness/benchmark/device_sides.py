@@ -23,6 +23,7 @@ from harness.policy.attention import PADDING_FREE
 from harness.policy.experts import follow_autocast
 from harness.policy.flops import BACKWARD, policy_cost
 from harness.policy.loading import autocast
+from harness.policy.normalization import fuse_normalization
 from harness.reward import Rewards
 from harness.rollout.batch import Batch
 from harness.rollout.embedded import EmbeddedEngine
@@ -62,6 +63,7 @@ class OurPhases:
     def __init__(self, model: PreTrainedModel, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device
         model.set_attn_implementation(PADDING_FREE)  # as loading a policy finds out that it can
+        fuse_normalization(model)
         follow_autocast(model)
         self.config, self.cost = shape_config(shape), policy_cost(model)
         self.prompts = random_prompts(shape, model)

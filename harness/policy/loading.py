@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from harness.config import ModelConfig
 from harness.errors import ConfigError
 from harness.policy.experts import follow_autocast
+from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 
 
@@ -44,6 +45,7 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
     _check_head(model, path)
+    fuse_normalization(model)
     drop_padding(model)
     if config.activation_checkpointing:
         _checkpoint_activations(model, path)

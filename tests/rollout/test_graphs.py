@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 from harness.policy.attention import _products, is_padding_free
 from harness.policy.experts import AUTOCAST_GROUPED_MM, follow_autocast
 from harness.policy.logprobs import completion_logprobs
+from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.rollout import embedded, graphs
 from harness.rollout.embedded import EmbeddedEngine
@@ -100,6 +101,7 @@ def _small_graphs(monkeypatch):
 def ending(network):
     with torch.no_grad():  # so that sequences end at different steps
         network.lm_head.weight[EOS] += 0.05
+    fuse_normalization(network)
     drop_padding(network)
     return network
 
@@ -205,6 +207,7 @@ def test_which_models_can(model):
     assert not is_padding_free(fresh("tiny_dense"))  # as loaded, with padding
     for family in FAMILIES:
         network = build(family)
+        fuse_normalization(network)
         drop_padding(network)
         if is_padding_free(network):
             eager, recorded, _ = engines(network)
