@@ -128,15 +128,30 @@ def _check_ranges(run: RunConfig) -> None:
     if algorithm.critic:
         for setting in ("learning_rate", "max_grad_norm", "value_clip"):
             positive = {**positive, f"algorithm.critic.{setting}": getattr(algorithm.critic, setting)}
+    not_negative: Mapping[str, float] = {
+        "seed": run.seed,
+        "algorithm.kl.coefficient": algorithm.kl.coefficient,
+        "algorithm.entropy_coefficient": algorithm.entropy_coefficient,
+        "algorithm.optimizer.epsilon": optimizer.epsilon,
+        "algorithm.optimizer.weight_decay": optimizer.weight_decay,
+        "algorithm.optimizer.warmup_updates": optimizer.warmup_updates,
+        "evaluation.samples": run.evaluation.samples,
+    }
+    start = run.model.cold_start
+    if start:
+        for setting in ("steps", "batch_size", "learning_rate"):
+            positive = {**positive, f"model.cold_start.{setting}": getattr(start, setting)}
+        for setting in ("warmup_steps", "weight_decay", "router_penalty", "seed"):
+            not_negative = {**not_negative, f"model.cold_start.{setting}": getattr(start, setting)}
+        _require(0 <= start.noise <= 1, f"model.cold_start.noise={start.noise}: must be a probability, from 0 to 1")
     for key, value in positive.items():
         _require(math.isfinite(value) and value > 0, f"{key}={value}: must be a finite number above 0")
+    for key, value in not_negative.items():
+        message = f"{key}={value}: must not be negative" if value < 0 else f"{key}={value}: must be a finite number"
+        _require(math.isfinite(value) and value >= 0, message)
     for setting in ("beta1", "beta2"):
         value = getattr(optimizer, setting)
         _require(0 <= value < 1, f"algorithm.optimizer.{setting}={value}: must be at least 0 and below 1")
-    for setting in ("epsilon", "weight_decay"):
-        value = getattr(optimizer, setting)
-        _require(math.isfinite(value) and value >= 0, f"algorithm.optimizer.{setting}={value}: must not be negative")
-    _require(run.seed >= 0, f"seed={run.seed}: must not be negative")
     for fraction in run.evaluation.fractions:
         _require(0 <= fraction <= 1, f"evaluation.fractions has {fraction}: fractions of the budget lie in 0 to 1")
     _require(run.rollout.engine == "embedded", f"rollout.engine={run.rollout.engine}: the only engine is embedded")
@@ -158,9 +173,6 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
         import_module(f"harness.algorithms.{module}")  # registers the parts that come with us
     for kind in PARTS:
         check_settings(kind, getattr(algorithm, kind))
-    for kind, setting in _DIVISORS:
-        value = getattr(algorithm, kind).get(setting, 1)
-        _require(value > 0, f"algorithm.{kind}.{setting}={value}: must be above 0")
     needs_selection = _trait(algorithm, "surrogate", "needs_selection")
     _require(
         needs_selection == (algorithm.selection["name"] != "none"),
@@ -176,15 +188,10 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
     _require(kl.estimator in ("k1", "k2", "k3"), f"algorithm.kl.estimator={kl.estimator}: choose k1, k2 or k3")
     _require(kl.placement in ("loss", "reward"), f"algorithm.kl.placement={kl.placement}: choose loss or reward")
     _require(
-        algorithm.entropy_coefficient >= 0,
-        f"algorithm.entropy_coefficient={algorithm.entropy_coefficient}: must not be negative; 0 is off",
-    )
-    _require(
         not kl.importance_weighted or (kl.placement == "loss" and not _trait(algorithm, "ratio", "sequence_level")),
         "algorithm.kl.importance_weighted=true takes a penalty in the loss and an importance ratio of each token: set "
         "algorithm.kl.placement=loss and algorithm.ratio.name=token, or importance_weighted to false",
     )
-    _require(kl.coefficient >= 0, f"algorithm.kl.coefficient={kl.coefficient}: must not be negative; 0 is off")
     _require(
         algorithm.routing_replay in ("disabled", "R2", "R3"),
         f"algorithm.routing_replay={algorithm.routing_replay}: choose disabled, R2 or R3",
@@ -224,15 +231,6 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
         or not (_trait(algorithm, "advantage", "needs_group") or algorithm.dynamic_sampling),
         "algorithm.completions_per_prompt=1: a group of one has no baseline; use at least 2, or a critic",
     )
-
-
-# Settings that something is divided by.
-_DIVISORS = (
-    ("aggregation", "length"),
-    ("shaping", "buffer"),
-    ("surrogate", "tau_positive"),
-    ("surrogate", "tau_negative"),
-)
 
 
 def _trait(algorithm: AlgorithmConfig, kind: str, trait: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.registry import part, register
+from harness.typed_values import NotNegative, Share
 
 if TYPE_CHECKING:
     from harness.config import AlgorithmConfig
@@ -82,7 +83,7 @@ def group(
     values: Tensor | None,
     *,
     scale: Literal["std", "none", "batch"],
-    epsilon: float,
+    epsilon: NotNegative,
 ) -> tuple[Tensor, None]:
     """Rewards relative to those of the group.
 
@@ -241,8 +242,8 @@ def gae_advantage(
     mask: Tensor,
     values: Tensor,
     *,
-    gamma: float,
-    lam: float,
+    gamma: Share,
+    lam: Share,
     whiten: bool,
 ) -> tuple[Tensor, Tensor]:
     """GAE from the critic's values; returns are taken before whitening (PPO)."""

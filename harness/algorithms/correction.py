@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.algorithms.divergence import LOG_RATIO_BOUND, kl_divergence
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.registry import register
+from harness.typed_values import NotNegative, Positive
 
 
 @register("correction", "none")
@@ -21,13 +22,15 @@ def none(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 @register("correction", "truncate")
-def truncate(log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], cap: float) -> Tensor:
+def truncate(log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], cap: Positive) -> Tensor:
     """Truncated importance sampling: min(w, cap), ``level`` token or sequence (TIS)."""
     return _weights(log_ratio, mask, level).clamp(max=cap)
 
 
-@register("correction", "mask")
-def band(log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], low: float, high: float) -> Tensor:
+@register("correction", "mask", ordered=("low", "high"))
+def band(
+    log_ratio: Tensor, mask: Tensor, *, level: Literal["token", "sequence"], low: NotNegative, high: NotNegative
+) -> Tensor:
     """w inside [low, high] and 0 outside, ``level`` token or sequence (IcePop, arXiv 2510.18855)."""
     weights = _weights(log_ratio, mask, level)
     return torch.where((weights >= low) & (weights <= high), weights, torch.zeros_like(weights))

@@ -22,6 +22,7 @@ from harness.algorithms.correction import mismatch_metrics
 from harness.algorithms.divergence import LOG_RATIO_BOUND, kl_divergence
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.registry import part, register
+from harness.typed_values import Count
 
 if TYPE_CHECKING:
     from harness.config import AlgorithmConfig
@@ -202,6 +203,6 @@ def sequence_sum(mask: Tensor) -> Tensor:
 
 
 @register("aggregation", "constant_length")
-def constant_length(mask: Tensor, *, length: int) -> Tensor:
+def constant_length(mask: Tensor, *, length: Count) -> Tensor:
     """sum m l / (B L): no length normalisation (Dr. GRPO, arXiv 2503.20783)."""
     return mask / (len(mask) * length)

@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from harness.errors import ConfigError
+from harness.typed_values import fits, says
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 
@@ -20,12 +20,13 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
+def register(kind: str, name: str, ordered: tuple[str, str] | None = None, **traits: bool) -> Callable[[Part], Part]:
     """Make a function available to `algorithm.<kind>.name`.
 
     Args:
         kind: one of the kinds in PARTS.
         name: what the configuration calls it.
+        ordered: two settings of which the first must not be above the second.
         traits: facts for validation, e.g. ``clips=True`` for a surrogate, ``needs_critic=True`` for an advantage.
 
     Raises:
@@ -40,7 +41,7 @@ def register(kind: str, name: str, **traits: bool) -> Callable[[Part], Part]:
         for setting in inspect.signature(function).parameters.values():
             if setting.kind is setting.KEYWORD_ONLY and setting.annotation is setting.empty:
                 raise ValueError(f"{kind} '{name}': annotate its setting {setting.name} with the type that it takes")
-        for trait, value in traits.items():
+        for trait, value in {**traits, "ordered": ordered}.items():
             setattr(function, trait, value)
         PARTS[kind][name] = function
         return function
@@ -65,7 +66,7 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
     if name not in PARTS[kind]:
         raise ConfigError(f"{key}.name={name}: no such part; there are {', '.join(sorted(PARTS[kind]))}")
     function = PARTS[kind][name]
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
     expected = {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
     listing = ", ".join(expected) or "no settings"
@@ -74,28 +75,11 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
             continue
         if setting not in expected:
             raise ConfigError(f"{key}.{setting}: '{name}' has no such setting; it takes {listing}")
-        if not _fits(value, expected[setting]):
-            raise ConfigError(f"{key}.{setting}={value!r}: expected {_says(expected[setting])}")
+        if not fits(value, expected[setting]):
+            raise ConfigError(f"{key}.{setting}={value!r}: expected {says(expected[setting])}")
     for setting in expected:
         if setting not in config:
             raise ConfigError(f"{key}.{setting} is absent: '{name}' takes {listing}")
-
-
-def _says(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if isinstance(hint, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if hint is None or hint is NoneType:
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    low, high = function.ordered or ("", "")  # type: ignore[attr-defined]
+    if None not in (config.get(low), config.get(high)) and config[low] > config[high]:
+        raise ConfigError(f"{key}.{low}={config[low]} is above {key}.{high}={config[high]}: nothing lies between them")

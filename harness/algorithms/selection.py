@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.registry import register
+from harness.typed_values import Share
 
 
 @register("selection", "none")
@@ -18,13 +19,13 @@ def none(advantages: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.bool)
 
 
-@register("selection", "high_covariance")
+@register("selection", "high_covariance", ordered=("low", "high"))
 def high_covariance(
     advantages: Tensor,
     old_logprobs: Tensor,
     mask: Tensor,
     *,
-    fraction: float,
+    fraction: Share,
     low: float | None,
     high: float | None,
     pick: Literal["random", "largest"],

@@ -7,6 +7,7 @@ a completion), ``lengths`` [B] (its tokens) and the length at which completions 
 from torch import Tensor
 
 from harness.algorithms.registry import register
+from harness.typed_values import Count, NotNegative
 
 
 @register("shaping", "none")
@@ -16,7 +17,7 @@ def none(rewards: Tensor, lengths: Tensor, max_tokens: int) -> Tensor:
 
 
 @register("shaping", "overlong")
-def overlong(rewards: Tensor, lengths: Tensor, max_tokens: int, *, buffer: int, penalty: float) -> Tensor:
+def overlong(rewards: Tensor, lengths: Tensor, max_tokens: int, *, buffer: Count, penalty: NotNegative) -> Tensor:
     """A penalty that grows from 0 to ``penalty`` over the last ``buffer`` tokens (DAPO, arXiv 2503.14476, eq. 13)."""
     excess = (lengths - (max_tokens - buffer)).clamp(min=0) / buffer
     return rewards - penalty * excess.clamp(max=1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.algorithms.divergence import LOG_RATIO_BOUND
 from harness.algorithms.objective import Elements, Surrogate
 from harness.algorithms.registry import register
+from harness.typed_values import NotNegative, Positive
 
 _ROUNDING = 1e-5  # nats: by so much log-probabilities of the same weights may differ in float32
 
@@ -24,7 +25,7 @@ def none(elements: Elements) -> Surrogate:
 
 
 @register("surrogate", "clip", clips=True)
-def clip(elements: Elements, *, clip_low: float, clip_high: float) -> Surrogate:
+def clip(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative) -> Surrogate:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (PPO, arXiv 1707.06347, eq. 7)."""
     ratio, advantages = elements.ratio, elements.advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -34,7 +35,7 @@ def clip(elements: Elements, *, clip_low: float, clip_high: float) -> Surrogate:
 
 
 @register("surrogate", "dual_clip", clips=True)
-def dual_clip(elements: Elements, *, clip_low: float, clip_high: float, bound: float) -> Surrogate:
+def dual_clip(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative, bound: Positive) -> Surrogate:
     """As ``clip``, and where A < 0 at most -bound A, so that no huge ratio rules a batch (arXiv 1912.09729, eq. 5)."""
     loss, low, high, outside = clip(elements, clip_low=clip_low, clip_high=clip_high)
     capped = (elements.advantages < 0) & (elements.ratio > bound)
@@ -42,7 +43,9 @@ def dual_clip(elements: Elements, *, clip_low: float, clip_high: float, bound: f
 
 
 @register("surrogate", "masked_clip", clips=True)
-def masked_clip(elements: Elements, *, clip_low: float, clip_high: float, divergence: float) -> Surrogate:
+def masked_clip(
+    elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative, divergence: NotNegative
+) -> Surrogate:
     """As ``clip``, and 0 where A < 0 in a sequence that has become less likely than it was by more than ``divergence``
     nats a token (off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, eq. 9)."""
     loss, low, high, outside = clip(elements, clip_low=clip_low, clip_high=clip_high)
@@ -53,8 +56,8 @@ def masked_clip(elements: Elements, *, clip_low: float, clip_high: float, diverg
     return Surrogate(loss.masked_fill(dropped, 0.0), low | dropped, high, outside | far)
 
 
-@register("surrogate", "ratio_mask", clips=True)
-def ratio_mask(elements: Elements, *, lower: float, upper: float) -> Surrogate:
+@register("surrogate", "ratio_mask", ordered=("lower", "upper"), clips=True)
+def ratio_mask(elements: Elements, *, lower: NotNegative, upper: NotNegative) -> Surrogate:
     """-rho A where lower <= rho <= upper, else 0, whatever the sign of A (INTELLECT-3, arXiv 2512.16144, eq. 1)."""
     ratio, advantages = elements.ratio, elements.advantages
     below, above = ratio < lower, ratio > upper
@@ -64,7 +67,7 @@ def ratio_mask(elements: Elements, *, lower: float, upper: float) -> Surrogate:
 
 @register("surrogate", "divergence_mask", clips=True)
 def divergence_mask(
-    elements: Elements, *, divergence: Literal["tv", "kl"], low: float, high: float, cap: float
+    elements: Elements, *, divergence: Literal["tv", "kl"], low: NotNegative, high: NotNegative, cap: Positive
 ) -> Surrogate:
     """-sg[min(rho, cap)] A l, and 0 where the token's probability p has left the trust region in the direction of A
     (DPPO, arXiv 2602.04879, eqs. 11 to 14).
@@ -84,8 +87,8 @@ def divergence_mask(
     return Surrogate(loss.masked_fill(clipped_low | clipped_high, 0.0), clipped_low, clipped_high, fallen | risen)
 
 
-@register("surrogate", "cispo")
-def cispo(elements: Elements, *, lower: float, upper: float) -> Surrogate:
+@register("surrogate", "cispo", ordered=("lower", "upper"))
+def cispo(elements: Elements, *, lower: NotNegative, upper: NotNegative) -> Surrogate:
     """-sg[clip(rho, lower, upper)] A l: the weight is bounded and every gradient kept (arXiv 2506.13585, eqs. 4, 5).
 
     Both bounds are on the ratio itself, not distances from 1.
@@ -96,7 +99,7 @@ def cispo(elements: Elements, *, lower: float, upper: float) -> Surrogate:
 
 
 @register("surrogate", "sapo")
-def sapo(elements: Elements, *, tau_positive: float, tau_negative: float) -> Surrogate:
+def sapo(elements: Elements, *, tau_positive: Positive, tau_negative: Positive) -> Surrogate:
     """-f(rho) A with f(rho) = sigmoid(tau (rho - 1)) 4 / tau, a gate whose slope is 1 at rho = 1 and falls smoothly
     (SAPO, arXiv 2511.20347); ``tau_positive`` where A > 0, else ``tau_negative``."""
     ratio, advantages = elements.ratio, elements.advantages
@@ -105,7 +108,7 @@ def sapo(elements: Elements, *, tau_positive: float, tau_negative: float) -> Sur
 
 
 @register("surrogate", "geometric_mean", clips=True, sequence_level=True)
-def geometric_mean(elements: Elements, *, clip_low: float, clip_high: float) -> Surrogate:
+def geometric_mean(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative) -> Surrogate:
     """-A times the geometric mean of the sequence's clipped token ratios (GMPO, arXiv 2507.20673).
 
     The *logarithm* of each ratio is clipped to [-clip_low, clip_high], on the side that the sign of A says.
@@ -121,7 +124,12 @@ def geometric_mean(elements: Elements, *, clip_low: float, clip_high: float) -> 
 
 @register("surrogate", "vespo", sequence_level=True)
 def vespo(
-    elements: Elements, *, k_positive: float, lambda_positive: float, k_negative: float, lambda_negative: float
+    elements: Elements,
+    *,
+    k_positive: NotNegative,
+    lambda_positive: NotNegative,
+    k_negative: NotNegative,
+    lambda_negative: NotNegative,
 ) -> Surrogate:
     """-sg[W^k exp(lambda (1 - W))] A l with W the product of the sequence's token ratios (VESPO, arXiv 2602.10693);
     k and lambda by the sign of A. The weight is 1 at W = 1 and fades on both sides."""
@@ -134,7 +142,7 @@ def vespo(
 
 
 @register("surrogate", "taper", sequence_level=True)
-def taper(elements: Elements, *, cap: float) -> Surrogate:
+def taper(elements: Elements, *, cap: Positive) -> Surrogate:
     """-A l where A >= 0, and -sg[min(W, cap)] A l where A < 0, with W the product of the sequence's token ratios: a
     sequence to unlearn counts less the less likely it has become (TOPR, arXiv 2503.14286)."""
     weight = _log_sequence_ratio(elements).exp().clamp(max=cap)
@@ -143,14 +151,14 @@ def taper(elements: Elements, *, cap: float) -> Surrogate:
 
 
 @register("surrogate", "squared_log_ratio")
-def squared_log_ratio(elements: Elements, *, coefficient: float) -> Surrogate:
+def squared_log_ratio(elements: Elements, *, coefficient: NotNegative) -> Surrogate:
     """-A l + coefficient / 2 (l - l_old)^2: a quadratic leash in place of clipping (DRO, arXiv 2405.19107)."""
     change = elements.logprobs - elements.old_logprobs
     return _unclipped(-elements.advantages * elements.logprobs + 0.5 * coefficient * change**2)
 
 
 @register("surrogate", "clip_selected", clips=True, needs_selection=True)
-def clip_selected(elements: Elements, *, clip_low: float, clip_high: float) -> Surrogate:
+def clip_selected(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative) -> Surrogate:
     """As ``clip``, and 0 at selected tokens (Clip-Cov, arXiv 2505.22617).
 
     Those count as clipped, on the side to which A would have pushed them.
@@ -162,7 +170,7 @@ def clip_selected(elements: Elements, *, clip_low: float, clip_high: float) -> S
 
 
 @register("surrogate", "kl_selected", needs_selection=True)
-def kl_selected(elements: Elements, *, coefficient: float) -> Surrogate:
+def kl_selected(elements: Elements, *, coefficient: NotNegative) -> Surrogate:
     """-rho A, and + coefficient |l - l_old| at selected tokens (KL-Cov, arXiv 2505.22617)."""
     change = (elements.logprobs - elements.old_logprobs).abs()
     # Before the first optimizer step nothing has changed but by rounding, whose sign would push at full strength.

@@ -1,11 +1,10 @@
 """Dataclasses from what YAML declares, every key checked."""
 
-import math
 from dataclasses import is_dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from harness.errors import ConfigError
+from harness.typed_values import fits, says
 
 
 def build(schema: Any, values: Any, where: str = "") -> Any:
@@ -46,9 +45,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{key}={value!r}: expected a list")
         return tuple(_value(get_args(hint)[0], item, f"{key}[{place}]") for place, item in enumerate(value))
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if not any(_fits(value, option) for option in options):
-        raise ConfigError(f"{key}={value!r}: expected {' or '.join(map(_says, options))}")
+    if not fits(value, hint):
+        raise ConfigError(f"{key}={value!r}: expected {says(hint)}")
     return value
 
 
@@ -57,17 +55,3 @@ def _of_a_kind(kinds: dict[str, Any], value: Any, key: str) -> Any:
         given = value.get("kind") if isinstance(value, dict) else value
         raise ConfigError(f"{key}.kind={given}: no such kind; there are {', '.join(kinds)}")
     return build(kinds[value["kind"]], {name: own for name, own in value.items() if name != "kind"}, f"{key}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def _says(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(get_args(hint))
-    return {str: "text", float: "a finite number", bool: "true or false", NoneType: "null"}[hint]

@@ -87,8 +87,8 @@ def _build(config: ModelConfig, path: Path) -> None:
     seconds = time.perf_counter() - started
     (partial / "weights.sha256").write_text(loading.weights_hash(model))
     (partial / "cold_start.json").write_text(json.dumps({"seconds": seconds, "losses": losses}))
-    partial.rename(path)
     print(f"cold start of {config.name} built in {seconds:.0f} s, loss {losses[-1]:.3f}", flush=True)
+    partial.rename(path)
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ColdStartConfig) -> list[float]:
