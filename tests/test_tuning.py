@@ -49,6 +49,12 @@ def test_trials_are_drawn_from_the_declared_space_none_twice_and_always_the_same
     assert drawn == [settings["algorithm.optimizer.learning_rate"] for settings in draw(algorithm, 4)]
 
 
+def test_more_trials_begin_with_those_of_fewer():
+    algorithm = compose(["algorithm=gspo"]).algorithm
+    for trials in range(1, 5):
+        assert draw(algorithm, trials) == draw(algorithm, 5)[:trials]
+
+
 def test_every_algorithm_gets_as_many_trials_or_the_plan_stops():
     algorithm = compose(["algorithm=gspo"]).algorithm
     with pytest.raises(ConfigError, match=r"search_space of gspo has 5 combinations where tuning.trials=6"):
@@ -115,6 +121,16 @@ def test_the_comparison_does_not_start_without_a_best_trial(tmp_path, scores, ov
     _trials(tmp_path / "tuned" / "trials", scores)
     with pytest.raises(error, match=message):
         _compose(tmp_path, *overrides)
+
+
+def test_a_trial_that_ended_with_its_first_step_is_named(tmp_path):
+    folder = _trials(tmp_path / "tuned" / "trials", [0.1] * 5)
+    last = max(folder.glob("gspo-*"))
+    first, *_ = (last / "metrics.jsonl").read_text().splitlines()
+    spent = json.loads(first) | {"budget/flops": 2 * synthetic.LIMIT}
+    (last / "metrics.jsonl").write_text(json.dumps(spent) + "\n")
+    with pytest.raises(ConfigError, match=rf"the first rollout batch of {last.name} .* raise budget\.limits"):
+        _compose(tmp_path)
 
 
 def test_without_trials_the_comparison_says_how_to_make_them(tmp_path):

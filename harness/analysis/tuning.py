@@ -50,7 +50,7 @@ def tuning_trials(sweep: Sweep) -> Table:
             | {"chosen": "chosen" if runs["chosen"].all() else ""}
         )
     note = (
-        "Score: mean of reward/mean over the steps within a trial's budget (the area under the reward curve), then "
+        "Score: mean of reward/mean over the steps within a trial's budget, then "
         "over its seeds, none of which the comparison uses; a run that diverged or failed counts as the worst. Chosen: "
         "the highest score, whose settings the comparison took. Spent: by all runs of the trial together."
     )
@@ -69,11 +69,12 @@ def tuning_sensitivity(sweep: Sweep) -> Table:
         rows.append(
             {"algorithm": algorithm, "model": setting, "trials": len(scores), "best": best}
             | {"median": scores.median(), "worst": scores.min(), "within margin": int((scores >= best - MARGIN).sum())}
-            | {"diverged": len(scores) - len(finite)}
+            | {"went wrong": len(scores) - len(finite)}
         )
     note = (
         f"Over the trials' scores. Within margin: trials that score within {MARGIN} of the best one; the more, the "
-        "less depends on tuning. The search spaces are the algorithms' own; where they differ in width, so does this."
+        "less depends on tuning. Went wrong: trials with a run that diverged or failed. The search spaces are the "
+        "algorithms' own; where they differ in width, so does this."
     )
     return Table("tuning_sensitivity", "Tuning: sensitivity", note, pd.DataFrame(_in_order(sweep, rows)))
 
@@ -143,7 +144,7 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     spent = unit(sweep.axis, runs[axis].max()).text(runs[axis].mean())
     return True, (
         f"{trials.iloc[0]} trials of each algorithm on each model, seeds {', '.join(map(str, seeds[0]))}, "
-        f"{spent} ({sweep.axis}) a run on average; the best by the area under the reward curve"
+        f"{spent} ({sweep.axis}) a run on average; the best by mean training reward"
     )
 
 

@@ -18,9 +18,9 @@ def trial_scores(folder: Path) -> pd.DataFrame:
         folder: that of the trials, compact or not.
 
     Returns:
-        One row per run: algorithm, model, task, seed, status, run, trial, score (mean of reward/mean over the steps
-        within the budget, which is the area under that curve; of a run that diverged or failed -inf, of one that is not
-        over NaN), settings (dict by dotted key) and spent/AXIS.
+        One row per run: algorithm, model, task, seed, status, run, trial, score (mean of reward/mean over the
+        steps within the budget; of a run that diverged or failed -inf, of one that is not over, or has no such step,
+        NaN), settings (dict by dotted key) and spent/AXIS.
 
     Raises:
         NoRuns: where there are none.

@@ -1,7 +1,7 @@
 """Equal tuning: as many trials for every algorithm, drawn from the search space it declares, then the best of them.
 
 A trial is an ordinary run in `SWEEP/trials` with `tuning.trial` set; the runs of `SWEEP` itself take, for their
-algorithm, model and task, the settings of the trial whose training reward has the largest area under its curve.
+algorithm, model and task, the settings of the trial with the highest training reward, as mean over its rollout batches.
 """
 
 import subprocess
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def tuned(run: RunConfig) -> RunConfig:
 
 
 def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
-    """The settings of each trial, by dotted key, none twice.
+    """The settings of each trial, by dotted key, none twice; those of more trials begin with those of fewer.
 
     Raises:
         ConfigError: where the search space holds too few.
@@ -64,7 +65,7 @@ def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
             f"algorithm.search_space of {algorithm.name} has {size} combinations where tuning.trials={trials}: declare "
             "more values, or ask for fewer trials of every algorithm"
         )
-    return list(ParameterSampler(space, trials, random_state=_ORDER))
+    return list(islice(ParameterSampler(space, size, random_state=_ORDER), trials))
 
 
 def run_trials(config: DictConfig) -> None:
@@ -108,11 +109,17 @@ def _best(run: RunConfig) -> dict[str, Any]:
         return {}  # declined there for what it will be declined for here
     if run.seed in set(mine["seed"]):
         raise ConfigError(f"seed={run.seed}: trials in {folder} have used it; compare on seeds that they have not seen")
+    nothing = mine.loc[(mine["status"] == "done") & mine["score"].isna(), "run"]
+    if len(nothing):
+        raise ConfigError(
+            f"tuning: the first rollout batch of {nothing.iloc[0]} in {folder} passed the budget, so that it has "
+            "no score: raise budget.limits of all runs, and take another sweep=NAME"
+        )
     best = best_trials(mine)
     if best.empty or mine["trial"].nunique() < run.tuning.trials:
         raise ConfigError(f"tuning: the trials of {who} in {folder} are not all there: {mend}")
     if np.isneginf(best["score"].item()):
-        raise Declined(f"tuning: every trial of {who} in {folder} diverged, so that there is nothing to choose from")
+        raise Declined(f"tuning: every trial of {who} in {folder} diverged or failed: there is nothing to choose from")
     settings: Sequence[dict[str, Any]] = mine.loc[mine["trial"] == best["trial"].item(), "settings"].tolist()
     return settings[0]
 

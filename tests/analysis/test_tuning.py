@@ -38,7 +38,7 @@ def test_every_trial_is_told_with_its_settings_and_which_was_chosen(tuned: Sweep
 def test_sensitivity_counts_the_trials_that_are_as_good_as_the_best(tuned: Sweep) -> None:
     frame = tuning_sensitivity(tuned).frame.set_index("algorithm")
     assert frame["within margin"].to_dict() == {"gspo": 2, "ppo": 1}
-    assert frame["diverged"].to_dict() == {"gspo": 0, "ppo": 1}
+    assert frame["went wrong"].to_dict() == {"gspo": 0, "ppo": 1}
     assert np.isneginf(frame.loc["ppo", "worst"])
 
 
