@@ -5,7 +5,8 @@ the mean difference. The bootstrap of :mod:`harness.analysis.intervals` is for s
 of two variants' scores are close to symmetric, and there the t interval covers as it should from three pairs on, with
 a power that can be worked out beforehand. Variants that are alike are told apart in at most 5 % of sweeps, however
 skewed their scores; where the means are equal but only one variant is much skewed (an exponential against a normal
-distribution with a third of its spread), a winner is named in 7 to 12 %.
+distribution with a third of its spread), a winner is named in 7 to 12 %. "Equivalent" is each pair's own, by its
+interval: of variants that differ by just the margin 2.5 % of sweeps say so, and more often of one of several pairs.
 """
 
 from functools import cache
@@ -113,9 +114,9 @@ def least_pairs(comparisons: int) -> int:
 
 
 def further_seeds(difference: float, spread: float, n: int, comparisons: int, margin: float) -> int | None:
-    """How many more than n pairs decide with 80 % probability; None for more than 1,000, or of a spread that is 0."""
-    if spread == 0:
-        return None
+    """How many more than n pairs decide with 80 % probability; None for more than 1,000."""
+    if spread == 0:  # any pairs decide, but that nothing is less than nothing
+        return None if difference == margin == 0 else 0
     more = np.arange(max(1, 2 - n), MOST_SEEDS + 1)
     enough = more[chances(difference, spread, n + more, comparisons, margin).decided >= POWER]
     return int(enough[0]) if len(enough) else None

@@ -31,9 +31,7 @@ class EqualBudget:
     verdicts: list[Verdict]
 
 
-def equal_budgets(
-    sweep: Sweep, metric: Metric, margin: float | None = None, baseline: str | None = None
-) -> list[EqualBudget]:
+def equal_budgets(sweep: Sweep, metric: Metric, baseline: str | None = None) -> list[EqualBudget]:
     """Compare at an equal budget on every axis that is recorded with the metric, the one that ended the runs first.
 
     Holm's correction is for the pairs of a setting on one axis, not for the axes.
@@ -44,7 +42,7 @@ def equal_budgets(
         means = pd.concat([summary(here) for _, here in rows.groupby("setting", sort=False)], ignore_index=True)
         means.insert(2, "axis", axis)
         means.insert(3, "budget", means["setting"].map(budgets))
-        found.append(EqualBudget(axis, budgets, means, verdicts(rows, metric, sweep.variants, margin, baseline)))
+        found.append(EqualBudget(axis, budgets, means, verdicts(rows, metric, sweep.variants, baseline=baseline)))
     return found
 
 
@@ -75,17 +73,19 @@ def axis_findings(found: Sequence[EqualBudget]) -> list[str]:
     ]
 
 
-def default_targets(rows: pd.DataFrame, parts: Sequence[float] = TARGETS) -> dict[str, list[float]]:
+def default_targets(rows: pd.DataFrame, least: float = 0.0, parts: Sequence[float] = TARGETS) -> dict[str, list[float]]:
     """By setting: parts of the way from the cold start to the best variant's end.
 
     Args:
         rows: of :func:`harness.analysis.scores.histories`. Settings without finished runs have no target.
+        least: what is not gained by more than this is not gained: there is no way then, and no target on it.
     """
     targets = {}
     for setting, here in rows[rows["status"] == "done"].groupby("setting", sort=False):
         start = here.groupby("run")["y"].first().mean()
         best = here.groupby(["variant", "run"])["y"].last().groupby("variant").mean().max()
-        targets[str(setting)] = [float(start + part * (best - start)) for part in parts]
+        if best - start > least:
+            targets[str(setting)] = [float(start + part * (best - start)) for part in parts]
     return targets
 
 

@@ -71,7 +71,7 @@ def headline_times(sweep: Sweep) -> pd.DataFrame:
     level = _level(sweep)
     if level is None:
         return pd.DataFrame()
-    targets = default_targets(histories(sweep, level, sweep.axis))
+    targets = default_targets(histories(sweep, level, sweep.axis), level.margin)
     return time_to_target(run_times(sweep, level, sweep.axis, targets))
 
 

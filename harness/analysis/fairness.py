@@ -26,7 +26,7 @@ class Check:
 def checks(sweep: Sweep) -> list[Check]:
     """Hold the cells that ran against the fairness contract. Skipped and planned cells have run nothing."""
     cells = _that_ran(sweep.cells)
-    seeds = [_seeds(sweep, setting, group) for setting, group in _by(sweep.cells, "setting")]
+    seeds = [_seeds(setting, group) for setting, group in _by(sweep.cells, "setting")]
     return [*_same_problem(cells), *seeds, *_same_conditions(cells), *speed_checks(sweep), _trials(sweep)]
 
 
@@ -125,7 +125,7 @@ def _section(config: dict[str, Any], section: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {section: value}
 
 
-def _seeds(sweep: Sweep, setting: str, cells: pd.DataFrame) -> Check:
+def _seeds(setting: str, cells: pd.DataFrame) -> Check:
     """Whether every variant has the same seeds, and so the same stream of prompts."""
     seeds = {variant: tuple(sorted(group["seed"].dropna().astype(int))) for variant, group in _by(cells, "variant")}
     different = set(seeds.values())

@@ -126,7 +126,7 @@ class TimeToTarget:
 
     def rows(self, sweep: Sweep) -> pd.DataFrame:
         metric = _metric(sweep, self.name, self.source, "final")
-        targets = default_targets(histories(sweep, metric, sweep.axis), [self.part])
+        targets = default_targets(histories(sweep, metric, sweep.axis), metric.margin, [self.part])
         times = run_times(sweep, metric, sweep.axis, targets)
         return _with_score(sweep, times.set_index("run")["time"])
 

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from harness.analysis.intervals import CONFIDENCE, MIN_RUNS_FOR_INTERVAL, NONE, Interval
-from harness.analysis.scores import Metric, common_budget, raw_histories
+from harness.analysis.scores import Metric, raw_histories
 from harness.analysis.sweep import Sweep
 
 REFITS = 200  # to resampled seeds: enough for a standard error (Efron and Tibshirani 1993, ch. 6.4)
@@ -81,25 +81,25 @@ class ScalingFit:
         return self.predicted - self.measured
 
 
-def scaling_fits(sweep: Sweep, metric: Metric, axis: str | None = None) -> list[ScalingFit]:
-    """Fit every variant in every setting against a budget axis, by default the one that ended the runs.
+def scaling_fits(sweep: Sweep, metric: Metric) -> list[ScalingFit]:
+    """Fit every variant in every setting against the budget axis that ended the runs.
 
-    Fitted are the unsmoothed points of the finished runs, up to the limit that ended them, or on another axis to the
-    largest budget that all of a setting reached. There is no fit, and `reason` says why, with fewer than three runs;
-    where a run has fewer than four points in the first half; where least squares does not converge on all runs, on
-    their first half or on more than 5 % of the resampled seeds; where the asymptote's interval is wider than half of
-    what the fit gains; and where the first half predicts the end with an error of more than 15 % of what was gained.
+    Fitted are the unsmoothed points of the finished runs, up to the limit that ended them. There is no fit, and
+    `reason` says why, with fewer than three runs; where a run has fewer than four points in the first half; where least
+    squares does not converge on all runs, on their first half or on more than 5 % of the resampled seeds; where the
+    asymptote's interval is wider than half of what the fit gains; and where the first half predicts the end with an
+    error of more than 15 % of what was gained.
     """
-    rows = raw_histories(sweep, metric, axis or sweep.axis)
+    rows = raw_histories(sweep, metric, sweep.axis)
     rows = rows[rows["status"] == "done"]
     # Where the axis ended the runs, all reached its limit, and evaluations lie at fractions of it.
-    limits = common_budget(rows) if axis else sweep.limits or dict.fromkeys(sweep.settings, sweep.limit)
+    limits = sweep.limits or dict.fromkeys(sweep.settings, sweep.limit)
     starts = rows.groupby("run").head(1).groupby("setting")["y"].mean()
     found = []
     for variant, setting, here in sweep.groups(rows):
         within = here[here["x"] <= limits[setting]]
         runs = [own[["x", "y"]].to_numpy(dtype=float) for _, own in within.groupby("run", sort=False)]
-        empty = ScalingFit(setting, variant, metric.label, axis or sweep.axis, len(runs), None, float(starts[setting]))
+        empty = ScalingFit(setting, variant, metric.label, sweep.axis, len(runs), None, float(starts[setting]))
         found.append(fit_runs(runs, limits[setting], empty))
     return found
 

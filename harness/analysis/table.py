@@ -70,7 +70,7 @@ def _text(value: Any, template: str) -> str:
     if isinstance(value, Real):
         number = float(value)
         if np.isinf(number):
-            return "not reached" if number > 0 else "diverged"
+            return "not reached" if number > 0 else "went wrong"
         return _ABSENT if np.isnan(number) else template.format(value)
     return _ABSENT if value is None or value == "" else str(value)
 

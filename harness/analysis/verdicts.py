@@ -132,11 +132,6 @@ def headlines(found: Sequence[Verdict], baseline: str | None = None) -> list[str
     return [_headline(here, leaders(here)[setting]) for setting, here in _by_setting(found).items()]
 
 
-def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per verdict: the fields of :class:`Verdict`, and its sentence."""
-    return pd.DataFrame([{**vars(verdict), "sentence": verdict.sentence} for verdict in found])
-
-
 def _further(outcome: Outcome, seen: Differences, n: int, comparisons: int, margin: float, least: int) -> int | None:
     if outcome not in ("undecided", "too few"):
         return 0

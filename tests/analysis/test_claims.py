@@ -25,6 +25,9 @@ GAIN = replace(FINAL, since_start=True)
 MEASURED = Measurement("measured")
 
 
+PACES = {"a": [1, 5, 10], "b": [2, 5, 10]}  # what is spent at each evaluation
+
+
 def runs(variant: str, ends: list[float], start: float = 0.5, **traits) -> list[Run]:
     """A finished run for each seed, whose score goes from the start to an end."""
     return [Run(variant, seed, (start, (start + end) / 2, end), **traits) for seed, end in enumerate(ends)]
@@ -325,6 +328,12 @@ def test_planted_truth_is_found(planted: Sweep):
         if outcome
     }
     assert found == expected
+
+
+def test_where_both_get_worse_none_learns_faster():
+    cells = [Run(name, seed, (0.5, 0.4, 0.3), spent=spent) for name, spent in PACES.items() for seed in range(6)]
+    found = held(toy_sweep(cells), "chance", "a b", TimeToTarget("evaluations", "held_out", 0.75), above=0.5)
+    assert found.outcome == "not tested here"
 
 
 def test_the_claims_name_algorithms_that_there_are():

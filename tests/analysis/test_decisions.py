@@ -118,6 +118,7 @@ def test_without_a_spread_to_speak_of_every_difference_is_decided() -> None:
     assert further_seeds(0.01, 1e-6, 0, 3, 0.02) == 2
     assert further_seeds(1e-9, 1.0, 5, 3, 0.02) is None  # thousands
     assert further_seeds(0.0, 0.0, 5, 3, 0.0) is None
+    assert further_seeds(0.0, 0.0, 3, 1, 0.02) == further_seeds(0.25, 0.0, 3, 1, 0.02) == 0
 
 
 def test_two_or_three_pairs_never_decide_and_more_comparisons_take_more() -> None:

@@ -91,6 +91,15 @@ def test_targets_lie_between_the_cold_start_and_the_best_variants_mean() -> None
     assert default_targets(histories(sweep, HELD_OUT, "flops")) == {"tiny": pytest.approx([0.5, 0.65, 0.74])}
 
 
+@pytest.mark.parametrize("end", [0.1, 0.2, 0.21])
+def test_where_nothing_is_gained_there_is_no_target(end: float) -> None:
+    sweep = toy_sweep([Run(name, seed, [0.2, 0.15, end]) for name in "ab" for seed in range(3)])
+    rows = histories(sweep, HELD_OUT, "flops")
+    assert default_targets(rows, least=0.02) == {}
+    assert bool(default_targets(rows, least=0.001)) == (end > 0.2)
+    assert run_times(sweep, HELD_OUT, "flops", {}).empty
+
+
 def test_a_sweep_on_disk_is_compared_on_every_axis_of_its_steps(sweep: Sweep) -> None:
     reward = Metric("runs", "reward/mean")
     found = equal_budgets(sweep, reward)

@@ -7,7 +7,7 @@ import pytest
 from harness.analysis.decisions import further_seeds
 from harness.analysis.scores import Metric, scores
 from harness.analysis.sweep import Sweep
-from harness.analysis.verdicts import Verdict, headlines, leaders, verdict_frame, verdicts
+from harness.analysis.verdicts import Verdict, headlines, leaders, verdicts
 from tests.analysis.toy import Run, toy_sweep
 
 HELD_OUT = Metric("evaluations", "held_out")
@@ -151,10 +151,15 @@ def test_settings_are_judged_each_by_itself() -> None:
         ("large", "worse", 1),
     ]
     assert leaders(found) == {"tiny": ["a"], "large": ["b"]}
-    frame = verdict_frame(found)
-    assert frame["outcome"].tolist() == ["better", "worse"] and frame["sentence"].tolist() == [
-        v.sentence for v in found
-    ]
+    assert [one.outcome for one in found] == ["better", "worse"]
+
+
+@pytest.mark.parametrize(("other", "then"), [(0.5, "equivalent"), (0.25, "better")])
+def test_scores_without_a_spread_take_as_many_pairs_as_any_do(other: float, then: str) -> None:
+    (few,) = judge(ended("a", [0.5] * 3), ended("b", [other] * 3))
+    assert (few.outcome, few.further_seeds) == ("too few", few.least - 3)
+    (enough,) = judge(ended("a", [0.5] * few.least), ended("b", [other] * few.least))
+    assert enough.outcome == then
 
 
 def test_three_seeds_on_disk_rank_nothing(sweep: Sweep) -> None:
