@@ -16,7 +16,7 @@ class Diverged(ArithmeticError):
     """A loss or gradient that is not finite. It ends the run, and it is a result.
 
     Attributes:
-        metrics: what was measured in the rollout batch until then.
+        metrics: what was measured in the rollout batch, in the optimizer steps after it too, which changed no weight.
     """
 
     def __init__(self, reason: str, metrics: dict[str, float]) -> None:

@@ -37,9 +37,13 @@ class Rewards:
         return part
 
     def informative(self, group_ids: Tensor) -> Tensor:
-        """[B] whether the outcomes differ among the completions of each one's group, by ``group_ids`` [B]."""
-        _, std = group_statistics(self.outcome, group_ids)
-        return ~all_equal(self.outcome, std)
+        """[B] whether outcomes or the means over steps differ in each one's group, by ``group_ids`` [B]."""
+        return self._differ(self.outcome, group_ids) | self._differ(self.steps.nan_to_num(), group_ids)
+
+    @staticmethod
+    def _differ(rewards: Tensor, group_ids: Tensor) -> Tensor:
+        _, std = group_statistics(rewards, group_ids)
+        return ~all_equal(rewards, std)
 
 
 class Grader:
@@ -55,11 +59,11 @@ class Grader:
         Args:
             texts: its B completions.
             problems: what each was asked.
-            batch: the rollout batch, on the device that the rewards are put on.
+            batch: the rollout batch.
             generator: a CPU generator, where the reward model's errors come from.
         """
         verdicts = [self.verify(text, problem) for text, problem in zip(texts, problems, strict=True)]
-        true = torch.tensor(verdicts, dtype=torch.float32, device=batch.mask.device)
+        true = torch.tensor(verdicts, dtype=torch.float32)
         lengths, longest = batch.completion_lengths, self.task.max_completion_tokens
         outcome = misjudged(true, lengths, longest, self.task.reward_model, generator)
         function, settings = part("shaping", self.shaping)
@@ -84,8 +88,7 @@ class Grader:
                     ends[row, column] = True
                 if expected:
                     means[row] = sum(reward for _, reward in rewards) / expected
-        device = batch.mask.device
-        return tokens.to(device), ends.to(device), means.to(device)
+        return tokens, ends, means
 
 
 def misjudged(
@@ -103,7 +106,7 @@ def misjudged(
     Returns:
         [B]; may leave [0, 1] by the length bias.
     """
-    flipped = torch.rand(len(rewards), generator=generator).to(rewards.device) < errors.label_noise
+    flipped = torch.rand(len(rewards), generator=generator) < errors.label_noise
     return torch.where(flipped, 1 - rewards, rewards) + errors.length_bias * lengths / longest
 
 

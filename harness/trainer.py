@@ -25,7 +25,7 @@ from harness.runs.directory import RunDirectory
 from harness.runs.loggers import Log, open_loggers
 from harness.tasks import Problem, PromptStream
 from harness.tasks.problem import derived_seed
-from harness.update import CriticUpdater, PolicyUpdater
+from harness.update import CriticUpdater, PolicyUpdater, Targets, Updater
 
 # Policy, optimizer moments and the new checkpoint beside the old one, with room to spare.
 _CHECKPOINT_COPIES = 12
@@ -42,7 +42,7 @@ def train(config: RunConfig, directory: RunDirectory) -> None:
     trainer.resume()
     with open_loggers(config, directory, trainer.steps) as trainer.log:
         trainer.warm_up()
-        trainer.evaluate_reached(trainer.inside)
+        trainer.evaluate_reached(trainer.inside, trainer.inside)
         while trainer.meter.fraction < 1:
             trainer.step()
         trainer.finish()
@@ -122,8 +122,9 @@ class Trainer:
         self.directory.update_status(budget=self.meter.summary())
         if failure:
             raise failure
-        self.evaluate_reached(before)
-        self.inside = before if self.meter.fraction > 1 else self.snapshot()
+        now = self.snapshot()
+        self.evaluate_reached(before, now)
+        self.inside = before if self.meter.fraction > 1 else now
         # The step that passes the limit is not a state to continue from: the one before it is what counts.
         if self.steps % self.config.checkpoint_every == 0 and self.meter.fraction < 1:
             self.checkpoint()
@@ -193,23 +194,28 @@ class Trainer:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
         metrics = Metrics()
-        with self.meter.phase("update"):
-            self.policy_updater.update(batch, targets, self._generator("minibatches"), metrics)
-        recomputed = self.policy_cost.head * self.policy_updater.recomputed
-        self.meter.charge_flops("update", self._update_flops(self.policy_cost, batch) + recomputed)
         self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
+        self._update("update", self.policy_updater, self.policy_cost, batch, targets, metrics)
         extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
         if self.critic_updater and self.critic_cost:
             assert targets.old_values is not None and targets.returns is not None
             extra["critic/explained_variance"] = float(
                 explained_variance(targets.old_values, targets.returns, batch.mask)
             )
-            with self.meter.phase("critic"):
-                self.critic_updater.update(batch, targets, self._generator("minibatches"), metrics)
-            self.meter.charge_flops("critic", self._update_flops(self.critic_cost, batch))
+            self._update("critic", self.critic_updater, self.critic_cost, batch, targets, metrics)
         if targets.routes is not None:
             self.policy_updater.probe_expert_changes(batch, targets.routes, metrics)
         return metrics.compute() | extra
+
+    def _update(
+        self, phase: str, updater: Updater, cost: ForwardCost, batch: Batch, targets: Targets, metrics: Metrics
+    ) -> None:
+        """Make the optimizer steps of a network, which cost the same where one of them diverges."""
+        try:
+            with self.meter.phase(phase):
+                updater.update(batch, targets, self._generator("minibatches"), metrics)
+        finally:
+            self.meter.charge_flops(phase, self._update_flops(cost, batch) + cost.head * updater.recomputed)
 
     def _update_flops(self, cost: ForwardCost, batch: Batch) -> float:
         """Forward and backward passes over the batch; layers once more where their activations are not kept."""
@@ -251,16 +257,17 @@ class Trainer:
         weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
         return {"step": self.steps, "spent": dict(self.meter.spent), "weights": weights, "samples": self.samples}
 
-    def evaluate_reached(self, before: dict[str, Any]) -> None:
+    def evaluate_reached(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Evaluate at each fraction of the budget that was reached: the last state that lies inside it.
 
         Args:
             before: the state before the latest step, for a fraction that this step has passed.
+            now: the state after it.
         """
         reached = [fraction for fraction in self.fractions[self.evaluated :] if self.meter.fraction >= fraction]
         if not reached:
             return
-        now, scores = self.snapshot(), []
+        scores: list[dict[str, Any]] = []
         evaluated: dict[str, Any] | None = None
         for fraction in reached:
             state = before if self.meter.fraction > fraction else now
@@ -323,7 +330,7 @@ class Trainer:
         problems = PromptStream(self.config.task, self.config.seed, "train").take(2)
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         batch = self.engine.generate(prompts, 2, self._generator("warm-up"))
-        self.grader.verify("", problems[0])
+        self.grader.verify(f"#{problems[0].answer}", problems[0])  # an answer, whose judge may be a process to start
         logprobs, _ = completion_logprobs(self.policy, batch, self.config.rollout.temperature)
         logprobs.sum().backward()
         self.policy.zero_grad(set_to_none=True)

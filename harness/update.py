@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.algorithms.correction import mismatch_metrics
 from harness.algorithms.metrics import Metrics
 from harness.algorithms.objective import aggregation_weights, selected_tokens, weighted_policy_loss
 from harness.algorithms.value import value_loss
@@ -70,6 +71,7 @@ class Updater(ABC):
     """A network and its optimizer; subclasses say what its loss is."""
 
     prefix = ""  # of its metrics' names
+    recomputed = 0.0  # tokens of the latest rollout batch whose logits were computed again in backward passes
 
     def __init__(self, network: nn.Module, config: RunConfig, learning_rate: float, max_grad_norm: float) -> None:
         self.network, self.config, self.max_grad_norm = network, config, max_grad_norm
@@ -193,7 +195,6 @@ class PolicyUpdater(Updater):
             policy, config, config.algorithm.optimizer.learning_rate, config.algorithm.optimizer.max_grad_norm
         )
         self.policy, self.uncharged = policy, uncharged
-        self.recomputed = 0.0  # tokens of the latest rollout batch whose logits were computed again in backward passes
 
     def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         self.recomputed = 0.0
@@ -217,9 +218,11 @@ class PolicyUpdater(Updater):
         mask, rollout_logprobs = send(micro.mask, self.device), send(micro.rollout_logprobs, self.device)
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         bonus = algorithm.entropy_coefficient
-        routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
-        if algorithm.routing_replay != "disabled" and targets.routes is not None:
-            routing.replay = packing.in_one(targets.routes)
+        packing = Packing(decoder(self.policy), micro)
+        replayed = targets.routes if algorithm.routing_replay != "disabled" else None
+        routing = Routing(self.policy, None if replayed is None else packing.in_one(replayed))
+        # The rollout batch's first step still has the weights that it was sampled with.
+        first = self.updates % (algorithm.epochs * algorithm.minibatches) == 0
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
             logprobs, entropy = completion_logprobs(self.policy, micro, temperature, entropy_gradient=bonus > 0)
             loss, loss_metrics = weighted_policy_loss(
@@ -235,13 +238,14 @@ class PolicyUpdater(Updater):
             )
             if bonus > 0:
                 loss = loss - bonus * entropy.sum() / tokens
-            # The batch's first step still has the old policy's weights: it would only measure rounding.
-            if targets.routes is not None and self.updates % (algorithm.epochs * algorithm.minibatches):
+            if targets.routes is not None and not first:  # where it would only measure rounding
                 with self.uncharged():
                     old = packing.in_one(targets.routes)[packing.completion]
                     _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
                     _expert_changes(routing.used, packing, old, metrics, ("used_expert",))
             loss.backward()
+        if first and algorithm.old_logprobs == "rollout":
+            loss_metrics.update(mismatch_metrics(logprobs.detach(), rollout_logprobs, mask))
         tokens_here = int(micro.completion_lengths.sum())
         if recomputes(self.policy.get_output_embeddings(), tokens_here):
             self.recomputed += tokens_here

@@ -28,6 +28,7 @@ from harness.policy.loading import load_policy
 from harness.policy.normalization import RMSNorm
 from harness.runs import load_runs
 from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
+from harness.tasks.bounded import BOUNDED
 from harness.trainer import Trainer
 from tests.tiny_run import TINY, UPDATES, lines, numbers, planned, run
 
@@ -119,6 +120,27 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(un
     assert numbers(directory) == numbers(expected)
 
 
+def test_the_process_that_judges_answers_is_there_before_the_first_step(results):
+    directory = planned(results, "algorithm=grpo", "task.verifier=reasoning_gym", "sweep=judged")
+    trainer = Trainer(load(directory.path / "config.yaml"), directory)
+    BOUNDED._process = None
+    trainer.warm_up()
+    assert BOUNDED._process is not None
+
+
+def test_with_the_samplers_log_probabilities_the_mismatch_is_that_of_the_first_minibatch(results):
+    rows = []
+    for where in ("trainer", "rollout"):
+        directory = planned(results, "algorithm=grpo", f"algorithm.old_logprobs={where}", "sweep=mismatch")
+        run_cell(directory)
+        rows.append(lines(directory, METRICS)[0])
+    trainer, rollout = rows
+    mismatch = sorted(key for key in trainer if key.startswith("mismatch/"))
+    assert len(mismatch) == 3 and mismatch == sorted(key for key in rollout if key.startswith("mismatch/"))
+    assert 0 < rollout["mismatch/logprob_abs_max"] < 1e-4
+    assert rollout["mismatch/logprob_abs_max"] <= trainer["mismatch/logprob_abs_max"] * 1.5
+
+
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +153,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged_with_the_evidence_
     assert (
         row["loss"] is None and row["reward/mean"] > 0 and row["budget/tokens"] == status["budget"]["spent"]["tokens"]
     )
-    assert status["budget"]["spent"]["flops"] > 0
+    # The step is charged in full: those after the one that diverged were made, though they changed no weight.
+    assert row["budget/updates"] == UPDATES and row["flops/update"] == pytest.approx(3 * row["flops/old_logprobs"])
     assert run_cell(directory) == "diverged"  # it is a result: not run again
     assert len(lines(directory, METRICS)) == 1
 
