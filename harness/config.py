@@ -277,6 +277,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder")
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
     try:

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from harness.errors import ConfigError
 from harness.runs.directory import METRICS, RunDirectory, effective_status
 from harness.runs.reading import NoRuns, is_compact, load_runs, read_sweep, run_directories
 
@@ -152,7 +153,11 @@ def _last_row(path: Path) -> dict[str, Any]:
             complete = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return {}
-    return json.loads(complete[-1]) if complete else {}
+    try:
+        return dict(json.loads(complete[-1])) if complete else {}
+    except (ValueError, TypeError) as error:
+        mend = "remove its run directory and run the cell again"
+        raise ConfigError(f"{path}, its last line is damaged ({error}): {mend}") from error
 
 
 def _number(value: float | None, form: str) -> str:
@@ -177,7 +182,7 @@ def main() -> int:
             while True:
                 time.sleep(1)
                 live.update(table(read_cells(arguments.path)), refresh=True)
-    except NoRuns as error:
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -152,6 +152,12 @@ def _check_ranges(run: RunConfig) -> None:
     for setting in ("beta1", "beta2"):
         value = getattr(optimizer, setting)
         _require(0 <= value < 1, f"algorithm.optimizer.{setting}={value}: must be at least 0 and below 1")
+    results = Path(run.results).absolute()
+    folder = next(path for path in (results, *results.parents) if path.exists())
+    _require(folder.is_dir(), f"results={run.results}: {folder} is a file; name a folder")
+    tasks = run.evaluation.tasks
+    for task in tasks:
+        _require(tasks.count(task) == 1, f"evaluation.tasks has {task} more than once: name each once")
     for fraction in run.evaluation.fractions:
         _require(0 <= fraction <= 1, f"evaluation.fractions has {fraction}: fractions of the budget lie in 0 to 1")
     _require(run.rollout.engine == "embedded", f"rollout.engine={run.rollout.engine}: the only engine is embedded")
@@ -319,6 +325,10 @@ def _check_model(run: RunConfig) -> None:
         model.path is None or Path(model.path).is_dir() or bool(_HUB_NAME.fullmatch(model.path)),
         f"model.path={model.path}: no such folder; give a Hugging Face model directory or a hub name",
     )
+    _require(
+        model.path is None or not Path(model.path).is_dir() or (Path(model.path) / "config.json").exists(),
+        f"model.path={model.path}: that folder has no config.json; give a Hugging Face model directory",
+    )
     if run.algorithm.routing_replay != "disabled" and not is_moe(model):
         raise Declined(
             f"algorithm.routing_replay={run.algorithm.routing_replay} has nothing to replay on the dense model "
@@ -338,5 +348,5 @@ def is_moe(model: ModelConfig) -> bool:
         try:
             fields = AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={model.path}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"model.path={model.path}: {' '.join(str(error).split())}") from error
     return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))

@@ -1,6 +1,7 @@
 """Configurations that cannot run stop at composition, naming the key and the mend."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,9 @@ from harness.errors import ConfigError
         (["budget.axis=tokens", "budget.limits.tokens=inf"], r"budget\.limits\.tokens=inf: .* finite number above 0"),
         (["+budget.limits.hours=1"], r"budget\.limits\.hours: no such axis"),
         (["evaluation.fractions=[1.5]"], r"evaluation\.fractions has 1\.5"),
+        (["evaluation.tasks=[a,b,a]"], r"evaluation\.tasks has a more than once"),
+        ([f"results={__file__}/below"], r"results=.*: .*test_config\.py is a file; name a folder"),
+        (["model=huggingface", f"model.path={Path(__file__).parent}"], r"model\.path=.*: .* has no config\.json"),
         (["device=tpu"], r"device=tpu: choose auto, cpu or cuda"),
         (["plugins=[no_such_module]"], r"plugins: cannot import no_such_module .*PYTHONPATH"),
         (["task.name=openai/gsm8k"], r"task\.name=openai/gsm8k: use letters, digits, '_', '\.' and '-'"),

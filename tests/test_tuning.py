@@ -61,6 +61,16 @@ def test_every_algorithm_gets_as_many_trials_or_the_plan_stops():
         draw(algorithm, 6)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("tuning.trials=0", "tuning.trials=0: must be at least 1"), ("tuning.trial=3", "leave it null")],
+)
+def test_a_command_that_cannot_be_tuned_stops(tmp_path, override, message):
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", override]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
+    assert ended.returncode == 2 and message in ended.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_trial_has_the_settings_that_were_drawn_for_it(tmp_path):
     runs = [_compose(tmp_path, f"tuning.trial={trial}") for trial in range(5)]
     assert sorted(run.algorithm.optimizer.learning_rate for run in runs) == _RATES

@@ -106,7 +106,7 @@ def scaling_fits(sweep: Sweep, metric: Metric) -> list[ScalingFit]:
 
 def fit_runs(runs: Sequence[np.ndarray], limit: float, fit: ScalingFit) -> ScalingFit:
     """Complete a fit that knows its start from each run's points `[points, 2]`: budget, up to the limit, and metric."""
-    fit = replace(fit, points=np.concatenate(runs))
+    fit = replace(fit, points=np.concatenate([np.empty((0, 2)), *runs]))
     if len(runs) < MIN_RUNS_FOR_INTERVAL:
         return replace(fit, reason=f"{len(runs)} finished runs, where it takes {MIN_RUNS_FOR_INTERVAL}")
     scaled = [run / [limit, 1] for run in runs]

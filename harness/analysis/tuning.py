@@ -129,7 +129,7 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     if runs.empty and _folders(sweep):
         return False, "the trials of this sweep are all of cells that are not shown or were skipped"
     if runs.empty:
-        return False, "not tuned in this sweep: every algorithm ran with the settings of its entry"
+        return False, "not tuned in this sweep: settings are those of the entries, or of the command that started it"
     ran = sweep.cells[sweep.cells["status"] != "skipped"]
     expected = set(zip(ran["algorithm"], ran["setting"], strict=True))
     trials = runs.groupby(["algorithm", "setting"])["trial"].nunique()

@@ -33,7 +33,7 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model.path={path}: {' '.join(str(error).split())}") from error
     if config.architecture is not None:
         cold_start.check_weights(model, Path(path))
     if tokenizer.eos_token_id is None:

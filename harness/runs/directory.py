@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -67,11 +68,8 @@ class RunDirectory:
             yield
 
     def read_status(self) -> dict[str, Any]:
-        """The content of run.json; empty where there is none yet."""
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
+        """The content of run.json; empty where there is none yet. Raises as :func:`read_object`."""
+        return read_object(self.path / "run.json", "remove its run directory and run the cell again")
 
     def update_status(self, **fields: Any) -> None:
         """Merge fields into run.json, atomically."""
@@ -125,12 +123,19 @@ class RunDirectory:
         replace_file(self.state_path, lambda file: torch.save(dict(state), file))
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state last saved, its tensors on the CPU; None where there is none."""
+        """The state last saved, its tensors on the CPU; None where there is none.
+
+        Raises:
+            ConfigError: for a file that is no state.
+        """
         import torch
 
         if not self.state_path.exists():
             return None
-        return torch.load(self.state_path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise ConfigError(f"{self.state_path} is damaged: remove it, and the run begins anew") from error
 
     def check_space(self, bytes_needed: int) -> None:
         """Stop before compute when the run would fill the disk.
@@ -152,6 +157,23 @@ def check_space(path: Path, bytes_needed: int) -> None:
             f"the disk of {folder} has {free / 1e6:.0f} MB free and {bytes_needed / 1e6:.0f} MB are needed: "
             "free some space, or write elsewhere with results=/another/disk"
         )
+
+
+def read_object(file: Path, mend: str) -> dict[str, Any]:
+    """The JSON object that a file holds; empty where there is no file.
+
+    Raises:
+        ConfigError: naming the file where it holds something else, and what to do: ``mend``.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): {mend}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} is damaged (no JSON object): {mend}")
+    return found
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:

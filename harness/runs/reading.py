@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from harness.errors import ConfigError
-from harness.runs.directory import EVALUATIONS, METRICS, SAMPLES, effective_status
+from harness.runs.directory import EVALUATIONS, METRICS, SAMPLES, RunDirectory, effective_status, read_object
 
 # In C where PyYAML was built with it: configurations are most of what reading a large sweep takes.
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -108,9 +108,8 @@ def is_compact(root: Path) -> bool:
 
 
 def read_sweep(root: Path) -> dict[str, Any]:
-    """The content of sweep.json; empty where there is none."""
-    file = root / SWEEP
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """The content of sweep.json; empty where there is none. Raises as :func:`harness.runs.directory.read_object`."""
+    return read_object(root / SWEEP, "remove it, and give the sweep's command again")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -125,8 +124,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     *complete, _torn = file.read_bytes().split(b"\n")
     for number, line in enumerate(complete, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             message = f"{file}, line {number} is damaged ({error}): remove its run directory and run the cell again"
             raise ConfigError(message) from error
     return rows
@@ -150,7 +149,7 @@ def _lines(root: Path, name: str, table: str, first: list[str]) -> pd.DataFrame:
 
 
 def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
-    run = json.loads((directory / "run.json").read_text(encoding="utf-8")) if directory else {}
+    run = RunDirectory(directory).read_status() if directory else {}
     config = _read_config(directory / "config.yaml") if directory else {}
     who = {**_from_name(name), **run}
     budget, limits = run.get("budget") or {}, config.get("budget") or {}

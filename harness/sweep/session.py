@@ -34,8 +34,8 @@ def start(config: DictConfig) -> None:
     Raises:
         SystemExit: with status 2 where the plan cannot run; nothing has been written then.
     """
-    run_trials(config)
     try:
+        run_trials(config)
         cells = expand(config, GlobalHydra.instance().config_loader())
         configs = [cell.config for cell in cells]
         folder = configs[0].run_dir.parent

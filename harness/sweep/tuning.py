@@ -74,11 +74,15 @@ def run_trials(config: DictConfig) -> None:
     Does nothing where nothing is tuned, or where the command is for trials itself.
 
     Raises:
+        ConfigError: for a number of trials, or a trial, that cannot be.
         SystemExit: with the status of the trials' command where not all of them came to an end.
     """
-    own = list(config.hydra.overrides.task)
-    if config.tuning is None or any(override.startswith("tuning.trial=") for override in own):
+    if config.tuning is None or Path(config.sweep).name == TRIALS:
         return
+    if config.tuning.trials < 1:
+        raise ConfigError(f"tuning.trials={config.tuning.trials}: must be at least 1; leave out tuning for none")
+    if any(override.startswith("tuning.trial=") for override in config.hydra.overrides.task):
+        raise ConfigError("tuning.trial is for the trials, which this command starts by itself: leave it null")
     trials = ",".join(map(str, range(config.tuning.trials)))
     overrides = [f"sweep={config.sweep}/{TRIALS}", f"tuning.trial={trials}", *config.tuning.overrides]
     process = subprocess.Popen([sys.executable, "-m", "harness.run", *sys.argv[1:], *overrides])

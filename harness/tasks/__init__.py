@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping
+from string import Formatter
 from typing import Any
 
 from harness.config import TaskConfig
@@ -37,7 +38,13 @@ def check_task(task: TaskConfig, key: str) -> None:
     if getattr(task, unused) is not None:
         raise ConfigError(f"{key}.{unused}={getattr(task, unused)}: {key}.source={task.source} has no use for it")
     check_verifier(task, key)
-    _check_fit(task, _first_problem(task, key), key)
+    problem = _first_problem(task, key)
+    if not any(field for _, field, *_ in Formatter().parse(task.prompt)):
+        raise ConfigError(
+            f"{key}.prompt={task.prompt!r} asks the same of every problem: name a field, such as {{question}}; the "
+            f"fields are {', '.join(problem.fields)}"
+        )
+    _check_fit(task, problem, key)
 
 
 def _first_problem(task: TaskConfig, key: str) -> Problem:

@@ -74,6 +74,7 @@ def test_a_reward_that_does_not_rise_has_no_fit() -> None:
     random = np.random.default_rng(0)
     flat = [np.stack([np.linspace(0.03, 1, 30), 0.2 + 0.01 * random.normal(size=30)], axis=1) for _ in range(5)]
     assert fit_runs(flat, 1.0, EMPTY).reason is not None
+    assert fit_runs([], 1.0, EMPTY).reason == "0 finished runs, where it takes 3"
 
 
 def test_a_sweep_is_fitted_by_variant_from_its_own_cold_start() -> None:

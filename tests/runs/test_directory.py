@@ -22,6 +22,15 @@ from harness.runs.provenance import provenance
 torch.set_num_threads(1)
 
 
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.state_path.parent.mkdir()
+    for content in (b"", b"no state", b"PK\x03\x04 and no more"):
+        directory.state_path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{directory.state_path} is damaged: remove it"):
+            directory.load_state()
+
+
 def test_status_is_merged_not_replaced(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.read_status() == {}

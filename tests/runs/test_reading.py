@@ -7,6 +7,7 @@ from pandas.testing import assert_frame_equal
 
 from harness.errors import ConfigError
 from harness.runs import compact, load_cells, load_evaluations, load_runs, load_samples
+from harness.status import read_cells
 from tests.analysis.synthetic import LIMIT, Cell, comparison, write_cell, write_sweep
 
 CELLS = [
@@ -107,6 +108,17 @@ def test_a_path_without_runs_says_what_to_give(tmp_path: Path, name: str) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="give a sweep folder"):
         load_runs(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status":', b"[1]", b"\x80\x81"])
+@pytest.mark.parametrize("name", ["sweep.json", "{}/run.json", "{}/metrics.jsonl"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_sweep(tmp_path / "sweep", comparison())
+    file = folder / name.format(CELLS[0].name)
+    file.write_bytes(content + b"\n")
+    for read in (load_runs, read_cells):
+        with pytest.raises(ConfigError, match=rf"{file}.* is damaged .*: remove (it,|its run directory) and"):
+            read(folder)
 
 
 def test_the_compact_form_reads_as_the_sweep_does(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_gsm8k_reference_solutions_earn_the_full_reward(gsm8k):
         ({"parameters": {"min_terms": "three"}}, r"task\.parameters: 'chain_sum' refuses them"),
         ({"prompt": "{expresion} ="}, r"task\.prompt: there is no field 'expresion'; the fields are .*expression"),
         ({"answer": "{result}"}, r"task\.answer: there is no field 'result'"),
+        ({"prompt": "hello"}, r"task\.prompt='hello' asks the same of every problem: name a field.*expression"),
         ({"prompt": "{expression"}, r"task\.prompt=.* is not a template"),
         ({"prompt": "{}"}, r"task\.prompt"),
         ({"answer_pattern": "("}, r"task\.answer_pattern=.* must be a regular expression with one group"),
