@@ -159,7 +159,7 @@ def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
         "run": name,
         **{key: who.get(key) for key in ("label", "algorithm", "model", "task", "seed")},
         "status": effective_status(run),
-        "reason": run.get("reason"),
+        "reason": run.get("reason") or (None if directory is None or is_compact(root) else _lost(directory, run)),
         "budget_axis": axis,
         "budget_limit": budget.get("limit") or limits.get("limits", {}).get(axis),
         **{key: who.get(key) for key in ("hash", "started", "finished", "traceback")},
@@ -174,6 +174,13 @@ def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
         cell |= {f"{key}/{task}": value for key, value in score.items()}
     cell |= {f"parameters/{kind}": value for kind, value in (run.get("parameters") or {}).items()}
     return cell | {key: (run.get("provenance") or {}).get(key) for key in _PROVENANCE}
+
+
+def _lost(directory: Path, run: dict[str, Any]) -> str | None:
+    """What a run that is done must have had and has no longer, and what to do about it."""
+    written = ["config.yaml", METRICS, *([EVALUATIONS] if run.get("scores") else [])]
+    lost = [name for name in written if not (directory / name).exists()] if run.get("status") == "done" else []
+    return f"{', '.join(lost)} lost: remove its run directory and run the cell again" if lost else None
 
 
 def _from_name(name: str) -> dict[str, Any]:
