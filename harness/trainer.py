@@ -26,6 +26,7 @@ from harness.runs.loggers import Log, open_loggers
 from harness.tasks import Problem, PromptStream
 from harness.tasks.problem import derived_seed
 from harness.update import CriticUpdater, PolicyUpdater, Targets, Updater
+from harness.validation import check_positions
 
 # Policy, optimizer moments and the new checkpoint beside the old one, with room to spare.
 _CHECKPOINT_COPIES = 12
@@ -91,15 +92,8 @@ class Trainer:
                 "to disabled"
             )
         check_routing(self.policy)
-        task = self.config.task
-        asked = task.max_prompt_tokens + task.max_completion_tokens - 1  # nobody reads on from the last one
         room = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
-        if room is not None and asked > room:
-            raise ConfigError(
-                f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_completion_tokens="
-                f"{task.max_completion_tokens} make sequences of up to {asked} tokens where "
-                f"{type(self.policy).__name__} has {room} positions (max_position_embeddings): lower one of the two"
-            )
+        check_positions(self.config.task, room, type(self.policy).__name__)
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
         self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
 

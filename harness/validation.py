@@ -329,11 +329,30 @@ def _check_model(run: RunConfig) -> None:
         model.path is None or not Path(model.path).is_dir() or (Path(model.path) / "config.json").exists(),
         f"model.path={model.path}: that folder has no config.json; give a Hugging Face model directory",
     )
+    if model.architecture is not None:
+        check_positions(run.task, model.architecture.get("max_position_embeddings"), f"model.name={model.name}")
     if run.algorithm.routing_replay != "disabled" and not is_moe(model):
         raise Declined(
             f"algorithm.routing_replay={run.algorithm.routing_replay} has nothing to replay on the dense model "
             f"'{model.name}': choose a mixture-of-experts model or set algorithm.routing_replay=disabled"
         )
+
+
+def check_positions(task: TaskConfig, room: int | None, model: str) -> None:
+    """Refuse sequences that are longer than a model has positions for.
+
+    Args:
+        task: says how long its prompts and completions may be.
+        room: the positions; None where there is no limit.
+        model: what the message calls it.
+    """
+    asked = task.max_prompt_tokens + task.max_completion_tokens - 1  # nobody reads on from the last one
+    _require(
+        room is None or asked <= room,
+        f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_completion_tokens={task.max_completion_tokens} "
+        f"make sequences of up to {asked} tokens where {model} has {room} positions (max_position_embeddings): lower "
+        "one of the two",
+    )
 
 
 def is_moe(model: ModelConfig) -> bool:

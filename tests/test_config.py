@@ -86,6 +86,7 @@ from harness.errors import ConfigError
         (["evaluation.tasks=[a,b,a]"], r"evaluation\.tasks has a more than once"),
         ([f"results={__file__}/below"], r"results=.*: .*test_config\.py is a file; name a folder"),
         (["model=huggingface", f"model.path={Path(__file__).parent}"], r"model\.path=.*: .* has no config\.json"),
+        (["task.max_completion_tokens=1000"], r"max_completion_tokens=1000 make .* model\.name=tiny_dense has 512 pos"),
         (["device=tpu"], r"device=tpu: choose auto, cpu or cuda"),
         (["plugins=[no_such_module]"], r"plugins: cannot import no_such_module .*PYTHONPATH"),
         (["task.name=openai/gsm8k"], r"task\.name=openai/gsm8k: use letters, digits, '_', '\.' and '-'"),

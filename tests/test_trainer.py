@@ -197,9 +197,11 @@ def test_a_full_disk_stops_a_run_before_compute(results, monkeypatch):
 
 
 def test_sequences_that_the_model_has_no_positions_for_are_refused_before_compute(results):
-    directory = planned(results, "sweep=positions", "task.max_completion_tokens=600")
-    assert run_cell(directory) == "failed"
-    assert re.search("max_prompt_tokens=.*max_completion_tokens=600 make .* has 512 positions", _reason(directory))
+    directory = planned(results, "sweep=positions")
+    config = load(directory.path / "config.yaml")
+    config.task.max_completion_tokens = 600
+    with pytest.raises(ConfigError, match="max_completion_tokens=600 make .* Qwen3ForCausalLM has 512 positions"):
+        Trainer(config, directory)
     assert lines(directory, METRICS) == []
 
 
