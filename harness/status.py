@@ -1,7 +1,6 @@
 """`python -m harness.status results/SWEEP`: what is done, running, failed and to do; what is spent and left."""
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import ConfigError
-from harness.runs.directory import METRICS, RunDirectory, effective_status
+from harness.runs.directory import METRICS, RERUN, RunDirectory, effective_status, parse_object
 from harness.runs.reading import NoRuns, is_compact, load_runs, read_sweep, run_directories
 
 # Most telling first: a terminal that is too small cuts the end.
@@ -153,11 +152,7 @@ def _last_row(path: Path) -> dict[str, Any]:
             complete = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return {}
-    try:
-        return dict(json.loads(complete[-1])) if complete else {}
-    except (ValueError, TypeError) as error:
-        mend = "remove its run directory and run the cell again"
-        raise ConfigError(f"{path}, its last line is damaged ({error}): {mend}") from error
+    return parse_object(complete[-1], f"{path}, its last line", RERUN) if complete else {}
 
 
 def _number(value: float | None, form: str) -> str:

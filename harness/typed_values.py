@@ -12,7 +12,7 @@ _NAMES = {str: "text", int: "an integer", float: "a finite number", bool: "true 
 class Range:
     """Numbers from ``least`` to ``most``, as the metadata of an annotation; without ``least`` itself if ``above``."""
 
-    least: float = -math.inf
+    least: float
     most: float = math.inf
     above: bool = False
 
@@ -20,9 +20,8 @@ class Range:
         return (self.least < value if self.above else self.least <= value) and value <= self.most
 
     def __str__(self) -> str:
-        return f"{'above' if self.above else 'at least'} {self.least:g}" + (
-            f" and at most {self.most:g}" if math.isfinite(self.most) else ""
-        )
+        most = f" and at most {self.most:g}" if math.isfinite(self.most) else ""
+        return f"{'above' if self.above else 'at least'} {self.least:g}{most}"
 
 
 NotNegative = Annotated[float, Range(0)]
@@ -41,8 +40,6 @@ def fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if isinstance(hint, UnionType):
         return any(fits(value, option) for option in get_args(hint))
-    if hint is None:
-        return value is None
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:

@@ -50,9 +50,9 @@ def tuning_trials(sweep: Sweep) -> Table:
             | {"chosen": "chosen" if runs["chosen"].all() else ""}
         )
     note = (
-        "Score: mean of reward/mean over the steps within a trial's budget, then "
-        "over its seeds, none of which the comparison uses; a run that diverged or failed counts as the worst. Chosen: "
-        "the highest score, whose settings the comparison took. Spent: by all runs of the trial together."
+        "Score: mean of reward/mean over the steps within a trial's budget, then over its seeds, none of which the "
+        "comparison uses; a run that diverged or failed counts as the worst. Chosen: the highest score, whose settings "
+        "the comparison took. Spent: by all runs of the trial together."
     )
     formats = {"device_seconds": "{:.0f}", **dict.fromkeys(("tokens", "queries", "updates"), "{:,.0f}")}
     return Table("tuning_trials", "Tuning: the trials", note, pd.DataFrame(rows), formats)

@@ -130,7 +130,10 @@ class Generate:
 
 
 class PlainUpdate:
-    """The optimizer steps of a loop that holds its logits: no chunks, no metrics but the loss; the same optimizer."""
+    """The optimizer steps of a loop that holds its logits: no chunks, no metrics but the loss.
+
+    Network, with its fused normalisations, and optimizer are ours.
+    """
 
     def __init__(self, model: PreTrainedModel, ours: OurPhases) -> None:
         self.model, self.ours, self.device = model, ours, torch.device(ours.device)

@@ -19,6 +19,7 @@ from harness.errors import ConfigError
 FINAL = ("done", "diverged", "skipped")
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "evaluations.jsonl", "samples.jsonl"
 _LINES = (METRICS, EVALUATIONS, SAMPLES)
+RERUN = "remove its run directory and run the cell again"  # what to do about a run that is damaged
 
 
 class RunInUse(ConfigError):
@@ -69,7 +70,7 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         """The content of run.json; empty where there is none yet. Raises as :func:`read_object`."""
-        return read_object(self.path / "run.json", "remove its run directory and run the cell again")
+        return read_object(self.path / "run.json", RERUN)
 
     def update_status(self, **fields: Any) -> None:
         """Merge fields into run.json, atomically."""
@@ -163,16 +164,26 @@ def read_object(file: Path, mend: str) -> dict[str, Any]:
     """The JSON object that a file holds; empty where there is no file.
 
     Raises:
-        ConfigError: naming the file where it holds something else, and what to do: ``mend``.
+        ConfigError: as :func:`parse_object`.
     """
     try:
-        found = json.loads(file.read_bytes())
+        return parse_object(file.read_bytes(), str(file), mend)
     except FileNotFoundError:
         return {}
+
+
+def parse_object(text: bytes, where: str, mend: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigError: where it is something else, saying where that is and what to do: ``mend``.
+    """
+    try:
+        found = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): {mend}") from error
+        raise ConfigError(f"{where} is damaged ({error}): {mend}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{file} is damaged (no JSON object): {mend}")
+        raise ConfigError(f"{where} is damaged (no JSON object): {mend}")
     return found
 
 

@@ -1,6 +1,5 @@
 """Runs as tidy frames, from a sweep that is finished, half done, being written, or kept in compact form."""
 
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,16 @@ import pandas as pd
 import yaml
 
 from harness.errors import ConfigError
-from harness.runs.directory import EVALUATIONS, METRICS, SAMPLES, RunDirectory, effective_status, read_object
+from harness.runs.directory import (
+    EVALUATIONS,
+    METRICS,
+    RERUN,
+    SAMPLES,
+    RunDirectory,
+    effective_status,
+    parse_object,
+    read_object,
+)
 
 # In C where PyYAML was built with it: configurations are most of what reading a large sweep takes.
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -116,19 +124,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; a last line that is still being written is left out.
 
     Raises:
-        ConfigError: naming the file and the line that is no JSON.
+        ConfigError: naming the file and the line that is no JSON object.
     """
     if not file.exists():
         return []
-    rows = []
     *complete, _torn = file.read_bytes().split(b"\n")
-    for number, line in enumerate(complete, 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            message = f"{file}, line {number} is damaged ({error}): remove its run directory and run the cell again"
-            raise ConfigError(message) from error
-    return rows
+    return [parse_object(line, f"{file}, line {number}", RERUN) for number, line in enumerate(complete, 1)]
 
 
 def _identity(path: PathLike) -> pd.DataFrame:
@@ -180,7 +181,7 @@ def _lost(directory: Path, run: dict[str, Any]) -> str | None:
     """What a run that is done must have had and has no longer, and what to do about it."""
     written = ["config.yaml", METRICS, *([EVALUATIONS] if run.get("scores") else [])]
     lost = [name for name in written if not (directory / name).exists()] if run.get("status") == "done" else []
-    return f"{', '.join(lost)} lost: remove its run directory and run the cell again" if lost else None
+    return f"{', '.join(lost)} lost: {RERUN}" if lost else None
 
 
 def _from_name(name: str) -> dict[str, Any]:
