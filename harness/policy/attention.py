@@ -23,6 +23,10 @@ PADDING_FREE = "padding_free"  # the name in a model's configuration
 # Scores held at once for the backward pass, as long as they fit into a core's cache; longer rows take torch's kernel.
 _SCORES = 2**20
 
+# Keys at least for a decoded token: with fewer, torch's CPU kernels for softmax and small products are several times
+# slower than with as many of which some are masked.
+_COLUMNS = 16
+
 
 def is_padding_free(network: PreTrainedModel) -> bool:
     """Whether it attends through here, which only models do whose layers all attend to all that came before."""
@@ -114,9 +118,14 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """As torch's kernel, which is slower for a single query on a CPU."""
+    missing = _COLUMNS - key.shape[2]
+    if missing > 0:
+        mask = key.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
+        key, value = (nn.functional.pad(states, (0, 0, 0, missing)) for states in (key, value))
+        mask = nn.functional.pad(mask, (0, missing))
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores.masked_fill_(~mask, -torch.inf)
     return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)
 
 

@@ -85,10 +85,10 @@ def join(
     lengths = mask.sum(1).long()
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     input_ids = torch.full((len(prompts), int((prompt_lengths + lengths).max()) - 1), pad)
-    for row, prompt in enumerate(prompts):
-        end = len(prompt) + int(lengths[row]) - 1
-        input_ids[row, : len(prompt)] = torch.tensor(prompt)
-        input_ids[row, len(prompt) : end] = completions[row, : lengths[row] - 1]
+    columns = torch.arange(input_ids.shape[1])
+    input_ids[columns < prompt_lengths.unsqueeze(1)] = torch.tensor([token for prompt in prompts for token in prompt])
+    rows, steps = (torch.arange(completions.shape[1]) < lengths.unsqueeze(1) - 1).nonzero(as_tuple=True)
+    input_ids[rows, prompt_lengths[rows] + steps] = completions[rows, steps]
     width = int(lengths.max())
     return Batch(
         input_ids, prompt_lengths, completions[:, :width], mask[:, :width], group_ids, rollout_logprobs[:, :width]

@@ -42,8 +42,7 @@ class SlotLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row."""
         assert self.keys is not None and self.values is not None
-        self.keys = self.keys.repeat_interleave(repeats, 0)
-        self.values = self.values.repeat_interleave(repeats, 0)
+        self.keys, self.values = (self._repeat(buffer, repeats) for buffer in (self.keys, self.values))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order, as the first ones."""
@@ -51,6 +50,13 @@ class SlotLayer(DynamicLayer):
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for buffer in (self.keys, self.values):
             buffer[moved, :, : self.length] = buffer[indices[moved], :, : self.length]
+
+    def _repeat(self, buffer: Tensor, repeats: int) -> Tensor:
+        """A buffer of ``repeats`` times the rows; what is not written yet is not copied."""
+        result = buffer.new_empty(len(buffer) * repeats, *buffer.shape[1:])
+        written = buffer[:, None, :, : self.length]
+        result.unflatten(0, (len(buffer), repeats))[:, :, :, : self.length] = written
+        return result
 
     def _buffer(self, states: Tensor) -> Tensor:
         rows, heads, _, dim = states.shape

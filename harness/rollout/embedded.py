@@ -118,6 +118,8 @@ class EmbeddedEngine:
         # Room for every later token: the mask of a step is a view of this one.
         later = prompts.present.new_ones(len(prompts.present), self.max_tokens)
         attention = torch.cat([prompts.present, later], 1).repeat_interleave(group_size, 0)
+        if is_padding_free(self.model):  # as its layers want it, so that transformers need not make one at every token
+            attention = attention[:, None, None]
         positions = prompts.lengths.repeat_interleave(group_size)
         active = torch.arange(len(positions), device=self.device)
         for step in range(self.max_tokens):
@@ -133,7 +135,7 @@ class EmbeddedEngine:
                 cache.batch_select_indices(order)
                 active, tokens, attention, positions = active[order], tokens[order], attention[order], positions[order]
             logits = self._forward(
-                tokens.unsqueeze(1), attention[:, : width + step + 1], (positions + step).unsqueeze(1), cache
+                tokens.unsqueeze(1), attention[..., : width + step + 1], (positions + step).unsqueeze(1), cache
             )
             if routes is not None and self.routing is not None:
                 routes[active, positions + step] = self.routing.choices()
