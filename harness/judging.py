@@ -74,12 +74,11 @@ class Judge:
         def forward(micro: Batch) -> Tensor:
             packing = Packing(decoder(self.policy), micro)
             routing.replay = None if micro.routes is None else packing.in_one(send(micro.routes, self.policy.device))
-            logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature)[0]
+            logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature, packing=packing)[0]
             if routing.layers and micro.routes is None:
                 with recording():
                     choices = routing.choices()
-                    rows, length = packing.shape
-                    recorded.append(packing.in_rows(choices, padding_routes(rows, length, like=choices)))
+                    recorded.append(packing.in_rows(choices, padding_routes(1, 1, like=choices)[0]))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():

@@ -224,7 +224,7 @@ class PolicyUpdater(Updater):
         # The rollout batch's first step still has the weights that it was sampled with.
         first = self.updates % (algorithm.epochs * algorithm.minibatches) == 0
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
-            logprobs, entropy = completion_logprobs(self.policy, micro, temperature, entropy_gradient=bonus > 0)
+            logprobs, entropy = completion_logprobs(self.policy, micro, temperature, bonus > 0, packing)
             loss, loss_metrics = weighted_policy_loss(
                 logprobs,
                 targets.old_logprobs,
@@ -262,11 +262,10 @@ class PolicyUpdater(Updater):
         rows = torch.arange(0, len(batch.mask), self.config.algorithm.minibatches)
         for micro_rows in rows.split(self.config.model.micro_batch_sequences):
             micro = batch.select(micro_rows)
-            routing = Routing(self.policy)
+            routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
             with routing.watch():
-                completion_logprobs(self.policy, micro, self.config.rollout.temperature)
-            old, packing = routes[micro_rows][micro.positions()], Packing(decoder(self.policy), micro)
-            old = old.to(self.device)
+                completion_logprobs(self.policy, micro, self.config.rollout.temperature, packing=packing)
+            old = routes[micro_rows][micro.positions()].to(self.device)
             _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
             _expert_changes(routing.native, packing, old, metrics, ("update_expert", "update_token"))
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same

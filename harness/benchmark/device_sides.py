@@ -1,6 +1,7 @@
 """A model of a real shape on the device: the harness's phases, transformers' `generate`, and a plain update."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -89,7 +90,9 @@ class OurPhases:
         }
 
     def _rollout(self) -> None:
-        self.batch = self.engine.generate(self.prompts, self.shape.group_size, self.generator)
+        batch = self.engine.generate(self.prompts, self.shape.group_size, self.generator)
+        # As if each had a prompt of its own: one that passes share is counted as FLOPs, but not computed.
+        self.batch = replace(batch, group_ids=torch.arange(len(batch.mask)))
 
     def _judge(self) -> None:
         mask = self.batch.mask

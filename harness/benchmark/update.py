@@ -11,7 +11,8 @@ GOALS = {"tiny_dense": 0.5}
 _TEXT = (
     "Model FLOPs of the update phase (harness/policy/flops.py: padding costs none) over its seconds, on one core in "
     "float32, against the best float32 matrix product (torch.mm of square matrices up to {matrix}) on the same core, "
-    "measured in turn in the same process."
+    "measured in turn in the same process. The algorithm is reinforce_plus_plus, in which every completion has a prompt "
+    "of its own: passes read a prompt that several share once, but the FLOPs of all are counted."
 )
 
 
@@ -19,7 +20,7 @@ class UpdateAndPeak:
     """FLOPs a second of the update phase, then of matrix products."""
 
     def __init__(self, model: str, lengths: str, sizes: Sizes) -> None:
-        self.steps, self.sizes = WholeSteps(model, lengths, sizes), sizes
+        self.steps, self.sizes = WholeSteps(model, lengths, sizes, ["algorithm=reinforce_plus_plus"]), sizes
 
     def __call__(self) -> dict[str, float]:
         return {"update": self.steps()["update FLOP/s"], "peak": matrix_peak(self.sizes.matrix)}

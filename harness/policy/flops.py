@@ -2,7 +2,9 @@
 
 A multiply and an add are two operations. Every weight matrix costs two operations a token and entry, an expert's as
 often as the router chooses it; attention costs the full square of a sequence's length, as it does in the usual counts
-(a triangular kernel would save up to half). The backward pass costs twice the forward.
+(a triangular kernel would save up to half). The backward pass costs twice the forward. In the trainer's passes each
+completion counts with its prompt, although those of a group that share a micro-batch share its reading: what a run is
+charged does not depend on how its batches are cut.
 """
 
 from dataclasses import dataclass

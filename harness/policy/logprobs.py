@@ -27,7 +27,11 @@ def completion_states(network: PreTrainedModel, packing: Packing) -> Tensor:
 
 
 def completion_logprobs(
-    model: PreTrainedModel, batch: Batch, temperature: float, entropy_gradient: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float,
+    entropy_gradient: bool = False,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and the entropy where each was drawn.
 
@@ -36,11 +40,12 @@ def completion_logprobs(
         batch: B completions of up to T tokens, in host memory.
         temperature: logits are divided by it first.
         entropy_gradient: whether the entropy carries a gradient (for an entropy bonus).
+        packing: the batch's, where it is there already.
 
     Returns:
         logprobs [B, T] and entropy [B, T], in nats, float32, 0 where masked, on the policy's device.
     """
-    packing = Packing(decoder(model), batch)
+    packing = packing or Packing(decoder(model), batch)
     states = completion_states(decoder(model), packing)
     tokens = send(batch.completions[batch.mask.bool()], model.device)
     logprobs, entropy = token_logprobs(states, model.get_output_embeddings(), tokens, temperature, entropy_gradient)

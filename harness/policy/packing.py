@@ -1,8 +1,12 @@
 """Forward passes without padding: the tokens of a batch one behind the other in a single row.
 
+The prompt of several completions stands there once: whatever it is computed from is the same for all of them. Only
+attention sets tokens in rows, each completion behind its prompt.
+
 Where tokens are is worked out in host memory and then sent to the device, so that nobody waits for it to say.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +16,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE, is_padding_free
-from harness.rollout.batch import Batch, send
+from harness.rollout.batch import Batch, join, send
 
 
 class Packing:
     """Where the N tokens of a batch's rows, and M completion tokens among them, are in the input of a network.
 
-    Networks that cannot do without padding see all B x L positions; the others see the real ones alone.
+    Networks that cannot do without padding see all B x L positions; the others see the real ones alone, prompts first,
+    each once for the completions that it has in the batch.
 
     Attributes:
         inputs: what the network is called with.
@@ -32,41 +37,33 @@ class Packing:
             batch: in host memory.
         """
         self.shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
-        rows, columns = batch.positions()
-        self._sampled = batch.mask.flatten().nonzero().squeeze(1)
-        all_columns = torch.arange(self.shape[1]).expand(self.shape)
-        padding_free = is_padding_free(network)
-        lengths = batch.lengths if padding_free else torch.full_like(batch.lengths, self.shape[1])
-        self._places = (all_columns < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
-        # Of each position of the rows, which token is there; N, one past the last, where none is.
-        self._tokens = torch.full((self.shape.numel(),), len(self._places))
-        self._tokens[self._places] = torch.arange(len(self._places))
-        self.completion = (lengths.cumsum(0) - lengths)[rows] + columns
-        self.inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        device, padding_free = network.device, is_padding_free(network)
+        columns = torch.arange(self.shape[1]).expand(self.shape)
+        places = _packed(batch, columns) if padding_free else _all(columns)
+        own = places.own.index
+        self.completion = send(places.rows.index.view(self.shape)[batch.positions()], device)
+        self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
+        self._places = places.to(device)
+        self.inputs: dict[str, Any] = {"input_ids": send(batch.input_ids, device)}
         if padding_free:
             self.inputs = {
-                "input_ids": self.in_one(batch.input_ids).unsqueeze(0),
-                "position_ids": self.in_one(all_columns).unsqueeze(0),
+                "input_ids": send(batch.input_ids.flatten()[own].unsqueeze(0), device),
+                "position_ids": send(columns.flatten()[own].unsqueeze(0), device),
                 # Without one transformers would look in the positions for sequences, and wait for the device.
-                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                "attention_mask": send(torch.ones(1, 1, 1, 1, dtype=torch.bool), device),
+                "packing": self,
             }
-        for name, tensor in self.inputs.items():
-            self.inputs[name] = send(tensor, network.device)
-        self._places, self._tokens, self._sampled, self.completion = (
-            send(places, network.device) for places in (self._places, self._tokens, self._sampled, self.completion)
-        )
-        if padding_free:
-            self.inputs["packing"] = self
 
     def in_one(self, rows: Tensor) -> Tensor:
-        """[N, ...] from [B, L, ...]."""
-        return _Gather.apply(rows.flatten(0, 1), self._places, self._tokens)
+        """[N, ...] from [B, L, ...]: of a prompt's copies the first."""
+        return _Take.apply(rows.flatten(0, 1), self._places.own, self._places.owner, None)
 
-    def in_rows(self, tokens: Tensor, fill: Tensor | None = None) -> Tensor:
-        """[B, L, ...] from [N, ...]; 0 where no token is, or those of ``fill`` [B, L, ...]."""
-        if fill is None:
-            return _Gather.apply(tokens, self._tokens, self._places).unflatten(0, self.shape)
-        return fill.flatten(0, 1).index_copy(0, self._places, tokens).unflatten(0, self.shape)
+    def in_rows(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+        """[B, L, ...] from [N, ...]; 0 where no token is, or ``padding`` [1, ...]."""
+        places = self._places
+        if padding is None:
+            return _Take.apply(tokens, places.rows, places.own, places.copies).unflatten(0, self.shape)
+        return torch.cat([tokens, padding]).index_select(0, places.rows.index).unflatten(0, self.shape)
 
     def of_completions(self, values: Tensor) -> Tensor:
         """[B, T] from those of the M completion tokens, 0 where masked."""
@@ -74,28 +71,95 @@ class Packing:
         return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
 
 
-class _Gather(torch.autograd.Function):
-    """Elements along the first dimension, each at most once, and 0 for an index past the last.
+@dataclass
+class _Places:
+    """Where elements are along a first dimension."""
+
+    index: Tensor
+    past: bool = False  # whether some are one past the last, where 0 stands
+
+    def take(self, elements: Tensor) -> Tensor:
+        """The elements there, in the shape of the index."""
+        if self.past:
+            elements = torch.cat([elements, elements.new_zeros(1, *elements.shape[1:])])
+        return elements.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+
+
+@dataclass
+class _Layout:
+    """Which of the N tokens, of which the first P are of prompts, are where in B x L rows."""
+
+    rows: _Places  # [B x L] of each position the token
+    own: _Places  # [N] of each token the position, of a prompt's the first that it has
+    owner: _Places  # [B x L] of each position the token whose first it is
+    copies: _Places  # [P, D] of a prompt's token the others that it has
+
+    def to(self, device: torch.device) -> "_Layout":
+        """On another device."""
+        return _Layout(**{name: _Places(send(each.index, device), each.past) for name, each in vars(self).items()})
+
+
+def _packed(batch: Batch, columns: Tensor) -> _Layout:
+    """Tokens alone, prompts first, each once for the rows of its group.
+
+    Args:
+        batch: in host memory.
+        columns: [B, L] of each position.
+    """
+    count, length = columns.shape
+    first = (batch.group_ids.unsqueeze(1) == batch.group_ids).int().argmax(1)  # row of each one's group
+    prompt = columns < batch.prompt_lengths.unsqueeze(1)
+    prompts = (prompt & (first == torch.arange(count)).unsqueeze(1)).nonzero(as_tuple=True)
+    completions = (~prompt & (columns < batch.lengths.unsqueeze(1))).flatten().nonzero().squeeze(1)
+    own = torch.cat([prompts[0] * length + prompts[1], completions])
+    owner = torch.full((count * length,), len(own))
+    owner[own] = torch.arange(len(own))
+    rows = torch.where(prompt, owner.view(count, length)[first], owner.view(count, length)).flatten()
+    members = _members(first)[prompts[0], 1:]
+    copies = torch.where(members < count, members * length + prompts[1].unsqueeze(1), count * length)
+    return _Layout(
+        rows=_Places(rows, past=bool((rows == len(own)).any())),
+        own=_Places(own),
+        owner=_Places(owner, past=len(own) < len(owner)),
+        copies=_Places(copies, past=bool((members == count).any())),
+    )
+
+
+def _members(first: Tensor) -> Tensor:
+    """[B, D] rows whose ``first`` [B] is this one, in order, and B where a row has fewer than D."""
+    count = len(first)
+    order = first.argsort(stable=True)
+    sizes = first.bincount(minlength=count)
+    rank = torch.arange(count) - (sizes.cumsum(0) - sizes)[first[order]]
+    members = torch.full((count, int(sizes.max())), count)
+    members[first[order], rank] = order
+    return members
+
+
+def _all(columns: Tensor) -> _Layout:
+    """All positions, as they are."""
+    every = torch.arange(columns.numel())
+    return _Layout(_Places(every), _Places(every), _Places(every), _Places(every[:0, None]))
+
+
+class _Take(torch.autograd.Function):
+    """Elements along the first dimension, by their places; ``copies`` are further places of the first of them.
 
     Both directions gather, where torch would scatter the gradient: with deterministic kernels by sorting the indices.
     """
 
     @staticmethod
-    def forward(ctx: Any, elements: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, inverse)
-        return _gather(elements, indices, inverse)
+    def forward(ctx: Any, elements: Tensor, places: _Places, inverse: _Places, copies: _Places | None) -> Tensor:
+        ctx.inverse, ctx.copies = inverse, copies
+        return places.take(elements)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        indices, inverse = ctx.saved_tensors
-        return _gather(gradient, inverse, indices), None, None
-
-
-def _gather(elements: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
-    if len(indices) > len(inverse):  # some are past the last
-        elements = torch.cat([elements, elements.new_zeros(1, *elements.shape[1:])])
-    return elements.index_select(0, indices)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        result = ctx.inverse.take(gradient)
+        if ctx.copies is not None and ctx.copies.index.numel():
+            result[: len(ctx.copies.index)] += ctx.copies.take(gradient).sum(1)
+        return result, None, None, None
 
 
 @torch.no_grad()
@@ -125,8 +189,9 @@ def drop_padding(model: PreTrainedModel) -> None:
 
 
 def _probe(vocabulary: int) -> Batch:
-    """Two sequences of different length."""
-    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
-    tokens = torch.arange(12).view(2, 6).remainder(vocabulary)
-    lengths = torch.tensor([3, 2])
-    return Batch(tokens, lengths, tokens[:, :4], mask, torch.zeros(2, dtype=torch.long), torch.zeros_like(mask))
+    """Sequences of different length, two of which share their prompt."""
+    prompts, groups = [[0, 1, 2], [3, 4], [0, 1, 2]], torch.tensor([0, 1, 0])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    completions = torch.arange(5, 17).view(3, 4)
+    batch = join(prompts, completions, mask, torch.zeros_like(mask), groups, 0)
+    return replace(batch, input_ids=batch.input_ids.remainder(vocabulary))

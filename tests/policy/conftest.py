@@ -34,16 +34,16 @@ def batch():
     return make_batch()
 
 
-def make_batch(rows=6, width=9, seed=0, equal=False):
-    """Random prompts and completions of different lengths, or all of one length."""
+def make_batch(rows=6, width=9, seed=0, equal=False, group_size=1):
+    """Random prompts and completions of different lengths, or all of one length; rows of a group apart."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.full((rows,), width) if equal else torch.randint(1, width + 1, (rows,), generator=generator)
     prompts = [
         torch.randint(3, 20, (7 if equal else int(torch.randint(2, 8, (), generator=generator)),), generator=generator)
-        for _ in range(rows)
+        for _ in range(rows // group_size)
     ]
     mask = (torch.arange(width) < lengths.unsqueeze(1)).float()
     completions = torch.randint(3, 20, (rows, width), generator=generator)
-    return join(
-        [prompt.tolist() for prompt in prompts], completions, mask, torch.zeros(rows, width), torch.arange(rows), 0
-    )
+    groups = torch.arange(rows) % len(prompts)
+    asked = [prompts[group].tolist() for group in groups]
+    return join(asked, completions, mask, torch.zeros(rows, width), groups, 0)

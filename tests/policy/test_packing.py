@@ -12,13 +12,21 @@ from harness.policy.critic import Critic
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import Packing, drop_padding
 from harness.policy.routing import Routing, expert_layers
-from tests.policy.conftest import fresh
+from harness.rollout.batch import join
+from tests.policy.conftest import fresh, make_batch
 from tests.policy.families import FAMILIES, LATENT, build
 from tests.policy.test_families import opposite, seen
 
 # Recurrent layers carry what came before through the row; sinks and caps are not in torch's attention.
 _PADDED = {"qwen3_next", "qwen3_5_moe_text", "jamba", "gpt_oss", "lfm2_moe"}
+# Rows that are read for one prompt; the rows of each are apart from each other.
+_GROUPS = (1, 3)
 _DENSE = ("llama", "qwen2", "gemma", "phi3", "gpt2")
+
+
+@pytest.fixture(params=_GROUPS, ids="groups_of_{}".format)
+def batch(request):
+    return make_batch(group_size=request.param)
 
 
 def dense(family, **changes):
@@ -116,8 +124,10 @@ def test_no_padding_reaches_the_layers(model, batch):
     tokens = []
     model.base_model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[:-1]))
     completion_logprobs(model, batch, 1.0)
-    assert tokens == [(1, int(batch.lengths.sum()))]
-    assert int(batch.lengths.sum()) < batch.input_ids.numel()
+    prompts = {int(group): int(length) for group, length in zip(batch.group_ids, batch.prompt_lengths, strict=True)}
+    after = int((batch.lengths - batch.prompt_lengths).sum())
+    assert tokens == [(1, sum(prompts.values()) + after)]
+    assert tokens[0][1] < batch.input_ids.numel()
 
 
 def test_a_critic_made_from_it_does_without_padding_too(model, batch):
@@ -131,19 +141,39 @@ def test_a_critic_made_from_it_does_without_padding_too(model, batch):
     assert packed.network.config._attn_implementation == PADDING_FREE
 
 
-def test_packing_and_back_by_hand(batch):
+def test_packing_and_back_by_hand():
     model = fresh("tiny_dense")
     drop_padding(model)
+    # Two completions of the prompt 5 6, and between them one of the prompt 7.
+    completions = torch.tensor([[8, 9, 10], [11, 12, 0], [13, 14, 0]])
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 0]])
+    batch = join([[5, 6], [7], [5, 6]], completions, mask, torch.zeros(3, 3), torch.tensor([0, 1, 0]), 0)
     packing = Packing(model.base_model, batch)
-    expected = [token for row, length in zip(batch.input_ids, batch.lengths, strict=True) for token in row[:length]]
-    assert packing.inputs["input_ids"][0].tolist() == [int(token) for token in expected]
-    assert packing.inputs["position_ids"][0].tolist() == [i for length in batch.lengths for i in range(length)]
-    tokens = torch.arange(1, len(expected) + 1)
+    assert packing.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 11, 13]]
+    assert packing.inputs["position_ids"].tolist() == [[0, 1, 0, 2, 3, 1, 2]]
+    assert packing.completion.tolist() == [1, 3, 4, 2, 5, 1, 6]
+    tokens = torch.arange(1.0, 8.0)
     rows = packing.in_rows(tokens)
+    assert rows.tolist() == [[1, 2, 4, 5], [3, 6, 0, 0], [1, 2, 7, 0]]
     assert torch.equal(packing.in_one(rows), tokens)
-    assert (rows[~seen(batch)] == 0).all()
-    filled = packing.in_rows(tokens, torch.full_like(rows, -1))
-    assert (filled[~seen(batch)] == -1).all() and torch.equal(filled[seen(batch)], tokens)
+    filled = packing.in_rows(tokens, torch.tensor([-1.0]))
+    assert filled.tolist() == [[1, 2, 4, 5], [3, 6, -1, -1], [1, 2, 7, -1]]
+
+
+def test_gradients_of_packing_and_back_by_hand():
+    model = fresh("tiny_dense")
+    drop_padding(model)
+    completions, mask = torch.tensor([[8, 9], [10, 11], [12, 13]]), torch.ones(3, 2)
+    packing = Packing(
+        model.base_model, join([[5], [5], [6]], completions, mask, torch.zeros(3, 2), torch.tensor([0, 0, 1]), 0)
+    )
+    tokens = torch.zeros(5, requires_grad=True)  # 5, 6, 8, 10, 12
+    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    (packing.in_rows(tokens) * weights).sum().backward()
+    assert tokens.grad.tolist() == [1 + 2, 3, 10, 20, 30]
+    rows = torch.zeros(3, 2, requires_grad=True)
+    (packing.in_one(rows) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
+    assert rows.grad.tolist() == [[1, 3], [0, 4], [2, 5]]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
