@@ -22,6 +22,7 @@ from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
+from harness.torch_setup import set_up_environment
 from tests.analysis import synthetic
 from tests.tiny_run import PLAIN
 
@@ -363,3 +364,22 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     assert refused.returncode != 0
     assert message in refused.stderr and "Traceback" not in refused.stderr
     assert not Path("results").exists()
+
+
+@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
+def test_processes_of_cells_keep_their_memory_unless_the_user_says_how(given, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES"):  # for monkeypatch to put them back
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    set_up_environment(threads=3)
+    told = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['GLIBC_TUNABLES'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    threads, memory = told.stdout.split()
+    assert threads == "3" and told.stderr == ""
+    assert memory == given if given else "glibc.malloc.trim_threshold=" in memory

@@ -19,6 +19,7 @@ from harness.cell import run_alone
 from harness.runs.directory import FINAL, RunDirectory, RunInUse, effective_status
 from harness.runs.reading import read_sweep
 from harness.sweep.slots import slot
+from harness.torch_setup import set_up_environment
 
 # What a cell imports; where one of them is missing, the cell will say so.
 _PRELOADED = ["harness.trainer", "harness.evaluation.policy_lm", "lm_eval.evaluator", "reasoning_gym", "tensorboard"]
@@ -63,8 +64,7 @@ def launch_cell(job: DictConfig) -> None:
 
 
 def _start(directory: RunDirectory, device: str, threads: int, units: Sequence[str]) -> BaseProcess:
-    # Libraries read these when they are loaded, which may be before the cell's process is there.
-    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    set_up_environment(threads)
     _choose_start_method(device)
     on_gpu = device == "cuda"
     process = multiprocessing.Process(
