@@ -49,7 +49,7 @@ def evaluate(
         from harness.evaluation.policy_lm import PolicyLM
 
         with _quiet():
-            tasks = load_tasks(tuple(config.tasks), config.task_path)
+            tasks = load_tasks(tuple(config.tasks), config.task_path, config.limit)
             seed_everything(seed)
             policy = PolicyLM(model, tokenizer, config.batch_size)
             results = evaluator.evaluate(policy, tasks, limit=config.limit, log_samples=False)
@@ -69,10 +69,10 @@ def check_evaluation(config: EvaluationConfig) -> None:
         raise ConfigError(f"evaluation.task_path={config.task_path}: no such folder; give one of lm-eval task YAMLs")
     if set(config.tasks) <= {path.stem for path in _LOCAL_TASKS.glob("*.yaml")}:
         return  # known without importing lm-eval, which takes seconds
-    local = _task_manager(config.task_path, False).all_tasks
+    local = _task_manager(config.task_path, False, config.limit).all_tasks
     unknown = [task for task in config.tasks if task not in local]
     if unknown:
-        bundled = _task_manager(config.task_path, True).all_tasks
+        bundled = _task_manager(config.task_path, True, config.limit).all_tasks
         unknown = [task for task in unknown if task not in bundled]
     if unknown:
         raise ConfigError(
@@ -92,10 +92,10 @@ def _row(task: str, metrics: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def load_tasks(names: tuple[str, ...], task_path: str | None) -> Any:
-    """lm-eval's task objects, made once: their problems stay the same through a run."""
-    local = _task_manager(task_path, False)
-    manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True)
+def load_tasks(names: tuple[str, ...], task_path: str | None, problems: int) -> Any:
+    """lm-eval's task objects, made once: their problems stay the same through a run; generated ones are as many."""
+    local = _task_manager(task_path, False, problems)
+    manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True, problems)
     loaded = manager.load(list(names))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -105,12 +105,12 @@ def load_tasks(names: tuple[str, ...], task_path: str | None) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _task_manager(task_path: str | None, include_bundled: bool) -> "TaskManager":
+def _task_manager(task_path: str | None, include_bundled: bool, problems: int) -> "TaskManager":
     """lm-eval's index of tasks. Its bundled thousands take over ten seconds, so only where one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
     paths = [_LOCAL_TASKS, *([Path(task_path)] if task_path else [])]
-    return TaskManager(include_path=list(paths), include_defaults=include_bundled)
+    return TaskManager(include_path=list(paths), include_defaults=include_bundled, metadata={"problems": problems})
 
 
 @contextlib.contextmanager

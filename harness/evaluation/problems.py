@@ -10,23 +10,23 @@ from harness.config import TaskConfig, conf_dir
 from harness.tasks import PromptStream
 from harness.tasks.verifiers import marked_answer_reward
 
-# Fixed, so that every run, algorithm and seed is evaluated on the same problems. `limit` takes the first of them.
+# Fixed, so that every run, algorithm and seed is evaluated on the same problems.
 _SEED = 0
-_PROBLEMS = 512
 
 
-def held_out(task: str, parameters: dict[str, Any], **_: Any) -> dict[str, datasets.Dataset]:
+def held_out(task: str, parameters: dict[str, Any], problems: int = 512, **_: Any) -> dict[str, datasets.Dataset]:
     """The evaluation split of a task, as lm-eval's `custom_dataset` wants it.
 
     Args:
         task: name of an entry in conf/task, whose prompt and answer are used.
         parameters: of the data set, over the entry's own.
-        _: lm-eval passes its model arguments and the task's metadata along.
+        problems: how many; fewer are the first of them. lm-eval's own command does not say.
+        _: lm-eval passes the rest of the task's metadata along.
     """
     config = TaskConfig(**OmegaConf.to_container(OmegaConf.load(conf_dir() / "task" / f"{task}.yaml")))  # type: ignore
     config = replace(config, parameters={**config.parameters, **parameters})
-    problems = PromptStream(config, _SEED, "evaluation").take(_PROBLEMS)
-    rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+    taken = PromptStream(config, _SEED, "evaluation").take(problems)
+    rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in taken]
     return {"test": datasets.Dataset.from_list(rows)}
 
 

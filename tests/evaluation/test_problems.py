@@ -15,7 +15,7 @@ NAMES = ("chain_sum_held_out", "chain_sum_longer", "chain_sum_signed")
 
 @pytest.fixture(scope="module")
 def tasks() -> dict:
-    return load_tasks(NAMES, None)["tasks"]
+    return load_tasks(NAMES, None, 512)["tasks"]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_no_evaluation_problem_is_met_in_training_or_cold_start(name, tasks, tra
 
 
 @pytest.mark.parametrize("name, terms", list(zip(NAMES, [{3, 4}, {5, 6}, {3, 4}], strict=True)))
-def test_each_task_has_512_problems_of_its_kind(name, terms, tasks):
+def test_each_task_has_as_many_problems_of_its_kind_as_are_asked_for(name, terms, tasks):
     docs = list(tasks[name].test_docs())
     assert len(docs) == 512
     assert {len(doc["prompt"].split()) // 2 for doc in docs} == terms
@@ -52,6 +52,12 @@ def test_the_prompt_is_the_training_prompt_and_a_right_solution_fits_and_scores(
         assert len(tokenizer(solution).input_ids) + 1 <= task.config.generation_kwargs["max_gen_toks"]
         assert marked_answer(doc, [solution]) == {"acc": 1.0}
         assert marked_answer(doc, [solution + "0"]) == {"acc": float(doc["answer"] == "0")}
+
+
+def test_fewer_problems_are_the_first_of_more(tasks):
+    few = load_tasks(NAMES, None, 20)["tasks"]
+    for name in NAMES:
+        assert list(few[name].test_docs()) == list(tasks[name].test_docs())[:20]
 
 
 def test_the_problems_are_the_same_in_every_process(tasks):
