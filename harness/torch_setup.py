@@ -3,7 +3,7 @@
 import os
 
 # For glibc: memory in large pages where the system has them, none of its own for tensors below 32 MiB, and up to 4 GiB
-# kept when it is free. Tensors come and go by the thousand in a step, and their pages would each time be asked for anew.
+# kept when it is free. Tensors come and go by the thousand in a step, and each time their pages would be made anew.
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 
 
