@@ -125,4 +125,6 @@ class Judge:
         result = padding_routes(rows, length, like=routes[0])
         for micro_rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
             result[micro_rows, : part_routes.shape[1]] = part_routes
-        return result
+        # Micro-batches may differ where two experts score nearly the same; updates read a prompt once for its group.
+        prompt = torch.arange(length) < batch.prompt_lengths.unsqueeze(1)
+        return torch.where(prompt[..., None, None], result[batch.first_of_group], result)

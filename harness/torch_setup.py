@@ -2,18 +2,19 @@
 
 import os
 
-# For glibc: memory in large pages where the system has them, none of its own for tensors below 32 MiB, and up to 4 GiB
-# kept when it is free. Tensors come and go by the thousand in a step, and each time their pages would be made anew.
+# For glibc: memory in large pages where the system has them, no mapping of its own for a tensor below 32 MiB, and up to
+# 4 GiB kept when it is free. Tensors come and go by the thousand in a step; their pages would be made anew each time.
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 
 
 def set_up_environment(threads: int) -> None:
     """What libraries read when they are loaded, which may be before a process's own code runs.
 
-    For processes that are started afterwards; memory settings that the user has made stay.
+    For processes that are started afterwards; settings of memory that the user has made stay.
     """
     os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-    os.environ.setdefault("GLIBC_TUNABLES", _MALLOC)
+    if not any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        os.environ["GLIBC_TUNABLES"] = _MALLOC
 
 
 def set_up_torch(threads: int) -> None:

@@ -42,7 +42,7 @@ def policy(name):
 
 @pytest.fixture
 def batch(policy):
-    batch = make_batch()
+    batch = make_batch(group_size=3)
     if any(parameter.ndim == 3 for parameter in policy.parameters()):
         config = policy.config
         like = torch.zeros(config.num_hidden_layers, config.num_experts_per_tok, dtype=torch.int16)

@@ -37,6 +37,7 @@ from harness.algorithms.registry import register
 
 @register("ratio", "mischief")
 def mischief(logprobs, old_logprobs, mask, *, kind: str):
+    Path("environment").write_text(os.environ.get("GLIBC_TUNABLES", ""))
     if Path("fails").exists() and kind == "fails":
         raise RuntimeError("made to fail")
     if Path("dies").exists() and kind == "dies":
@@ -278,6 +279,7 @@ def test_cells_that_fail_or_are_killed_leave_the_others_alone_and_run_again_with
     output, errors = first.communicate(timeout=300)
     assert first.returncode == 1, errors
 
+    assert "glibc.malloc.trim_threshold=" in Path("environment").read_text()
     runs = _runs("s")
     assert {name: run["status"] for name, run in runs.items()} == {
         "fails": "failed",
@@ -366,20 +368,23 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
-def test_processes_of_cells_keep_their_memory_unless_the_user_says_how(given, monkeypatch):
+@pytest.mark.parametrize("given", [None, ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"), ("MALLOC_TOP_PAD_", "65536")])
+def test_how_memory_is_kept_is_what_the_user_says_or_our_own(given, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES"):  # for monkeypatch to put them back
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("GLIBC_TUNABLES")
     if given:
-        monkeypatch.setenv("GLIBC_TUNABLES", given)
+        monkeypatch.setenv(*given)
     set_up_environment(threads=3)
     told = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['GLIBC_TUNABLES'])"],
+        [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.environ.get('GLIBC_TUNABLES'))"],
         capture_output=True,
         text=True,
         check=True,
     )
     threads, memory = told.stdout.split()
     assert threads == "3" and told.stderr == ""
-    assert memory == given if given else "glibc.malloc.trim_threshold=" in memory
+    if given is None:
+        assert "glibc.malloc.trim_threshold=" in memory
+    else:
+        assert memory == (given[1] if given[0] == "GLIBC_TUNABLES" else "None")

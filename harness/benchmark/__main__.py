@@ -1,7 +1,6 @@
 """`python -m harness.benchmark [TABLE ...]`: measures, prints the tables and writes them below results/benchmarks."""
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from harness.benchmark.sizes import FULL, TINY
 from harness.benchmark.table import Options, write
 from harness.errors import ConfigError
 from harness.machine import cores, device_name, git_state, memory_bytes, package_versions
+from harness.torch_setup import set_up_environment
 
 # Each is a module of this package.
 TABLES = {
@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.table) - TABLES.keys():
         parser.error(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
-    # One thread everywhere on the CPU; read when a library that computes is first imported, here or in a child.
-    if options.device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = "1"
+    if options.device == "cpu":  # one thread in every process that measures, and memory as cells have it
+        set_up_environment(threads=1)
     settings = Options(
         options.repetitions, TINY if options.tiny else FULL, options.device, tuple(options.shapes), options.sweep
     )

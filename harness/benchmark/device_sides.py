@@ -59,7 +59,7 @@ def shape_config(shape: Shape) -> RunConfig:
 
 
 class OurPhases:
-    """Rollout, old log-probabilities and update, as the trainer does them."""
+    """Rollout, old log-probabilities and update, as the trainer does them for completions without a shared prompt."""
 
     def __init__(self, model: PreTrainedModel, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device

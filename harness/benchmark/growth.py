@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,6 +77,8 @@ class Updates:
         started = time.perf_counter()
         advantages = group_advantages(rewards, batch.group_ids, self.config.algorithm)
         targets = Targets(batch.rollout_logprobs, advantages.unsqueeze(1) * batch.mask)
+        # As if each had a prompt of its own: one that passes share is counted as FLOPs, but not computed.
+        batch = replace(batch, group_ids=torch.arange(len(batch.mask)))
         self.updater.update(batch, targets, torch.Generator().manual_seed(0), Metrics())
         return time.perf_counter() - started
 

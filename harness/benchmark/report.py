@@ -1,5 +1,6 @@
 """Time and memory of a report on many runs."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,9 @@ def tables(options: Options) -> list[Table]:
 def _report(sweep: Path) -> dict[str, float]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "harness.benchmark.report", str(sweep)]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    # As users run it, without what is set up for the processes that train.
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return {"seconds": time.perf_counter() - started, "gigabytes": int(process.stdout.split()[-1]) / 2**30}
 
 

@@ -1,4 +1,4 @@
-"""The harness's own trainer as a side of a comparison: a GRPO run on an embedded model."""
+"""The harness's own trainer as a side of a comparison: a run on an embedded model."""
 
 import tempfile
 import time
@@ -18,7 +18,7 @@ MINIBATCHES = 4  # optimizer steps of a rollout batch
 
 
 def run_config(model: str, sizes: Sizes, *overrides: str) -> RunConfig:
-    """GRPO with four optimizer steps a rollout batch, each of one micro-batch, and no end in sight."""
+    """GRPO, or what is overridden, with four optimizer steps of one micro-batch each and no end in sight."""
     return compose(
         [
             "algorithm=grpo",

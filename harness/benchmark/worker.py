@@ -10,7 +10,6 @@ from typing import Any
 
 from harness.benchmark.measure import Measure
 from harness.machine import cores
-from harness.torch_setup import set_up_environment
 
 
 class Worker:
@@ -26,7 +25,6 @@ class Worker:
         Raises:
             RuntimeError: with the traceback of a side that failed.
         """
-        set_up_environment(threads=1)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # All sides share one core, of which only one is at work at a time. The last: interrupts favour the first.

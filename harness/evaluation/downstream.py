@@ -92,10 +92,11 @@ def _row(task: str, metrics: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def load_tasks(names: tuple[str, ...], task_path: str | None, problems: int) -> Any:
-    """lm-eval's task objects, made once: their problems stay the same through a run; generated ones are as many."""
-    local = _task_manager(task_path, False, problems)
-    manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True, problems)
+def load_tasks(names: tuple[str, ...], task_path: str | None, limit: int) -> Any:
+    """lm-eval's task objects, made once: their problems stay the same through a run. Tasks that generate them make
+    ``limit``."""
+    local = _task_manager(task_path, False, limit)
+    manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True, limit)
     loaded = manager.load(list(names))
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -105,12 +106,12 @@ def load_tasks(names: tuple[str, ...], task_path: str | None, problems: int) -> 
 
 
 @lru_cache(maxsize=4)
-def _task_manager(task_path: str | None, include_bundled: bool, problems: int) -> "TaskManager":
+def _task_manager(task_path: str | None, include_bundled: bool, limit: int) -> "TaskManager":
     """lm-eval's index of tasks. Its bundled thousands take over ten seconds, so only where one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
     paths = [_LOCAL_TASKS, *([Path(task_path)] if task_path else [])]
-    return TaskManager(include_path=list(paths), include_defaults=include_bundled, metadata={"problems": problems})
+    return TaskManager(include_path=list(paths), include_defaults=include_bundled, metadata={"evaluation_limit": limit})
 
 
 @contextlib.contextmanager

@@ -14,18 +14,20 @@ from harness.tasks.verifiers import marked_answer_reward
 _SEED = 0
 
 
-def held_out(task: str, parameters: dict[str, Any], problems: int = 512, **_: Any) -> dict[str, datasets.Dataset]:
+def held_out(
+    task: str, parameters: dict[str, Any], evaluation_limit: int = 512, **_: Any
+) -> dict[str, datasets.Dataset]:
     """The evaluation split of a task, as lm-eval's `custom_dataset` wants it.
 
     Args:
         task: name of an entry in conf/task, whose prompt and answer are used.
         parameters: of the data set, over the entry's own.
-        problems: how many; fewer are the first of them. lm-eval's own command does not say.
+        evaluation_limit: how many; fewer are the first of them. 512 where lm-eval's own command runs the task.
         _: lm-eval passes the rest of the task's metadata along.
     """
     config = TaskConfig(**OmegaConf.to_container(OmegaConf.load(conf_dir() / "task" / f"{task}.yaml")))  # type: ignore
     config = replace(config, parameters={**config.parameters, **parameters})
-    taken = PromptStream(config, _SEED, "evaluation").take(problems)
+    taken = PromptStream(config, _SEED, "evaluation").take(evaluation_limit)
     rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in taken]
     return {"test": datasets.Dataset.from_list(rows)}
 

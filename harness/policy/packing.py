@@ -44,8 +44,10 @@ class Packing:
         self.completion = send(places.rows.index.view(self.shape)[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
         self._places = places.to(device)
-        self.inputs: dict[str, Any] = {"input_ids": send(batch.input_ids, device)}
-        if padding_free:
+        self.inputs: dict[str, Any]
+        if not padding_free:
+            self.inputs = {"input_ids": send(batch.input_ids, device)}
+        else:
             self.inputs = {
                 "input_ids": send(batch.input_ids.flatten()[own].unsqueeze(0), device),
                 "position_ids": send(columns.flatten()[own].unsqueeze(0), device),
@@ -56,7 +58,7 @@ class Packing:
 
     def in_one(self, rows: Tensor) -> Tensor:
         """[N, ...] from [B, L, ...]: of a prompt's copies the first."""
-        return _Take.apply(rows.flatten(0, 1), self._places.own, self._places.owner, None)
+        return _Take.apply(rows.flatten(0, 1), self._places.own, self._places.owner)
 
     def in_rows(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
         """[B, L, ...] from [N, ...]; 0 where no token is, or ``padding`` [1, ...]."""
@@ -75,14 +77,14 @@ class Packing:
 class _Places:
     """Where elements are along a first dimension."""
 
-    index: Tensor
+    index: Tensor  # [n]
     past: bool = False  # whether some are one past the last, where 0 stands
 
     def take(self, elements: Tensor) -> Tensor:
-        """The elements there, in the shape of the index."""
+        """The elements there."""
         if self.past:
             elements = torch.cat([elements, elements.new_zeros(1, *elements.shape[1:])])
-        return elements.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+        return elements.index_select(0, self.index)
 
 
 @dataclass
@@ -91,55 +93,55 @@ class _Layout:
 
     rows: _Places  # [B x L] of each position the token
     own: _Places  # [N] of each token the position, of a prompt's the first that it has
-    owner: _Places  # [B x L] of each position the token whose first it is
-    copies: _Places  # [P, D] of a prompt's token the others that it has
+    owner: _Places  # [B x L] of each position the token whose first it is, N elsewhere
+    copies: tuple[
+        Tensor, ...
+    ]  # of the first so many tokens, which are of prompts, a second position, a third and so on
 
     def to(self, device: torch.device) -> "_Layout":
         """On another device."""
-        return _Layout(**{name: _Places(send(each.index, device), each.past) for name, each in vars(self).items()})
+        rows, own, owner = (_Places(send(each.index, device), each.past) for each in (self.rows, self.own, self.owner))
+        return _Layout(rows, own, owner, tuple(send(places, device) for places in self.copies))
 
 
 def _packed(batch: Batch, columns: Tensor) -> _Layout:
-    """Tokens alone, prompts first, each once for the rows of its group.
+    """Tokens alone, prompts first, each once for the rows of its group, those with most rows first.
 
     Args:
         batch: in host memory.
         columns: [B, L] of each position.
     """
     count, length = columns.shape
-    first = (batch.group_ids.unsqueeze(1) == batch.group_ids).int().argmax(1)  # row of each one's group
+    same = batch.group_ids.unsqueeze(1) == batch.group_ids
+    first, rank, size = batch.first_of_group, same.tril(-1).sum(1), same.sum(1)
+    members = torch.zeros(count, int(size.max()), dtype=torch.long)  # in a group's first row all of its rows
+    members[first, rank] = torch.arange(count)
     prompt = columns < batch.prompt_lengths.unsqueeze(1)
-    prompts = (prompt & (first == torch.arange(count)).unsqueeze(1)).nonzero(as_tuple=True)
+    readers = (rank == 0).nonzero().squeeze(1)
+    readers = readers[size[readers].argsort(descending=True, stable=True)]
+    reader, column = prompt[readers].nonzero(as_tuple=True)
+    reader = readers[reader]
     completions = (~prompt & (columns < batch.lengths.unsqueeze(1))).flatten().nonzero().squeeze(1)
-    own = torch.cat([prompts[0] * length + prompts[1], completions])
+    own = torch.cat([reader * length + column, completions])
     owner = torch.full((count * length,), len(own))
     owner[own] = torch.arange(len(own))
     rows = torch.where(prompt, owner.view(count, length)[first], owner.view(count, length)).flatten()
-    members = _members(first)[prompts[0], 1:]
-    copies = torch.where(members < count, members * length + prompts[1].unsqueeze(1), count * length)
+    copies = []
+    for copy in range(1, members.shape[1]):
+        held = int((size[reader] > copy).sum())
+        copies.append(members[reader[:held], copy] * length + column[:held])
     return _Layout(
         rows=_Places(rows, past=bool((rows == len(own)).any())),
         own=_Places(own),
         owner=_Places(owner, past=len(own) < len(owner)),
-        copies=_Places(copies, past=bool((members == count).any())),
+        copies=tuple(copies),
     )
-
-
-def _members(first: Tensor) -> Tensor:
-    """[B, D] rows whose ``first`` [B] is this one, in order, and B where a row has fewer than D."""
-    count = len(first)
-    order = first.argsort(stable=True)
-    sizes = first.bincount(minlength=count)
-    rank = torch.arange(count) - (sizes.cumsum(0) - sizes)[first[order]]
-    members = torch.full((count, int(sizes.max())), count)
-    members[first[order], rank] = order
-    return members
 
 
 def _all(columns: Tensor) -> _Layout:
     """All positions, as they are."""
-    every = torch.arange(columns.numel())
-    return _Layout(_Places(every), _Places(every), _Places(every), _Places(every[:0, None]))
+    every = _Places(torch.arange(columns.numel()))
+    return _Layout(every, every, every, ())
 
 
 class _Take(torch.autograd.Function):
@@ -149,7 +151,9 @@ class _Take(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, elements: Tensor, places: _Places, inverse: _Places, copies: _Places | None) -> Tensor:
+    def forward(
+        ctx: Any, elements: Tensor, places: _Places, inverse: _Places, copies: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         ctx.inverse, ctx.copies = inverse, copies
         return places.take(elements)
 
@@ -157,8 +161,8 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         result = ctx.inverse.take(gradient)
-        if ctx.copies is not None and ctx.copies.index.numel():
-            result[: len(ctx.copies.index)] += ctx.copies.take(gradient).sum(1)
+        for places in ctx.copies:
+            result[: len(places)] += gradient.index_select(0, places)
         return result, None, None, None
 
 
@@ -175,8 +179,8 @@ def drop_padding(model: PreTrainedModel) -> None:
         return
     batch = _probe(text.vocab_size)
     network: Any = model.base_model
-    padded = network(**Packing(network, batch).inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    padded = padded[Packing(network, batch).completion]
+    packing = Packing(network, batch)
+    padded = network(**packing.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[packing.completion]
     model.set_attn_implementation(PADDING_FREE)
     try:
         packing = Packing(network, batch)

@@ -33,6 +33,11 @@ class Batch:
         """[B] tokens that were sampled."""
         return self.mask.sum(1).long()
 
+    @property
+    def first_of_group(self) -> Tensor:
+        """[B] the first row of each one's group."""
+        return (self.group_ids.unsqueeze(1) == self.group_ids).int().argmax(1)
+
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, cut to the longest among them."""
         part = Batch(**{name: tensor[rows] for name, tensor in self._tensors().items()})

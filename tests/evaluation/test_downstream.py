@@ -60,6 +60,12 @@ def test_the_seed_decides_the_samples_whatever_the_global_state(markov_policy, t
     assert len({tuple(score) for score in scores}) > 1
 
 
+def test_as_many_problems_are_scored_as_are_asked_for(markov_policy, tokenizer, evaluation):
+    many = replace(evaluation, tasks=["chain_sum_held_out"], limit=600)
+    (row,) = evaluate(markov_policy(FOUR), tokenizer, many, seed=0)
+    assert row["n"] == 600
+
+
 def test_sampling_is_at_temperature_1_without_truncation(markov_policy, tokenizer, evaluation):
     """Ten equally likely digits: greedy decoding or a top-k below ten would miss most answers or all but one."""
     model = markov_policy(ANY_DIGIT)

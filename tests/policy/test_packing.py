@@ -163,17 +163,18 @@ def test_packing_and_back_by_hand():
 def test_gradients_of_packing_and_back_by_hand():
     model = fresh("tiny_dense")
     drop_padding(model)
-    completions, mask = torch.tensor([[8, 9], [10, 11], [12, 13]]), torch.ones(3, 2)
-    packing = Packing(
-        model.base_model, join([[5], [5], [6]], completions, mask, torch.zeros(3, 2), torch.tensor([0, 0, 1]), 0)
-    )
-    tokens = torch.zeros(5, requires_grad=True)  # 5, 6, 8, 10, 12
-    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    # One completion of the prompt 6, then three of the prompt 5, which is read first as the one of more.
+    completions, groups = torch.tensor([[8, 9], [10, 11], [12, 13], [14, 15]]), torch.tensor([7, 3, 3, 3])
+    batch = join([[6], [5], [5], [5]], completions, torch.ones(4, 2), torch.zeros(4, 2), groups, 0)
+    packing = Packing(model.base_model, batch)
+    assert packing.inputs["input_ids"].tolist() == [[5, 6, 8, 10, 12, 14]]
+    tokens = torch.zeros(6, requires_grad=True)
+    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]])
     (packing.in_rows(tokens) * weights).sum().backward()
-    assert tokens.grad.tolist() == [1 + 2, 3, 10, 20, 30]
-    rows = torch.zeros(3, 2, requires_grad=True)
-    (packing.in_one(rows) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
-    assert rows.grad.tolist() == [[1, 3], [0, 4], [2, 5]]
+    assert tokens.grad.tolist() == [2 + 3 + 4, 1, 10, 20, 30, 40]
+    rows = torch.zeros(4, 2, requires_grad=True)
+    (packing.in_one(rows) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])).sum().backward()
+    assert rows.grad.tolist() == [[2, 3], [1, 4], [0, 5], [0, 6]]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])

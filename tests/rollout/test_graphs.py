@@ -279,12 +279,14 @@ def test_experts_follow_autocast_and_pass_gradients_to_their_float32_weights():
     assert experts.down_proj.grad.dtype == torch.float32 and experts.down_proj.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("length", [10, 16, 20])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_a_gpus_attention_of_a_decoded_token_is_the_cpus(groups):
+def test_a_gpus_attention_of_a_decoded_token_is_the_cpus(groups, length, masked):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(3, groups, 4 // groups, 8, generator=generator)
-    key, value = (torch.randn(3, groups, 10, 8, generator=generator) for _ in range(2))
-    mask = (torch.arange(10) < torch.tensor([[10], [4], [7]]))[:, None, None]
+    key, value = (torch.randn(3, groups, length, 8, generator=generator) for _ in range(2))
+    mask = (torch.arange(length) < torch.tensor([[length], [4], [7]]))[:, None, None] if masked else None
     ours = _products(query, key, value, mask, scale=0.3)
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
     torch.testing.assert_close(ours, theirs)

@@ -122,6 +122,23 @@ def test_the_old_policys_pass_takes_the_routes_of_the_rollout(moe):
     assert torch.equal(targets.routes, batch.routes)
 
 
+def test_a_groups_prompt_has_the_same_routes_even_where_micro_batches_chose_differently(moe, monkeypatch):
+    config = compose(["algorithm=grpo_routing_replay", "model=tiny_moe", "model.micro_batch_sequences=1"])
+    config.budget.axis = "flops"
+    batch = generate(moe, record_routes=False)
+    own, calls = Routing.choices, iter(range(100))
+    monkeypatch.setattr(Routing, "choices", lambda routing: (own(routing) + next(calls)) % 32)
+    judge = Judge(config, Meter(config.budget, moe.device), moe, policy_cost(moe), None, None, None)
+    none = torch.zeros(len(batch.mask))
+    rewards = Rewards(torch.zeros_like(batch.mask), last_tokens(batch.mask), outcome=none, true=none, steps=none)
+    routes = judge.judge(batch, rewards).routes
+    for one, other in ((0, 1), (2, 3), (4, 5), (6, 7)):
+        prompt = batch.prompt_lengths[one]
+        assert torch.equal(routes[one, :prompt], routes[other, :prompt])
+        common = min(batch.lengths[one], batch.lengths[other])
+        assert common == prompt or not torch.equal(routes[one, :common], routes[other, :common])
+
+
 def test_a_run_uses_the_experts_of_its_rollouts_alone(cold_starts, tmp_path):
     large = ["model=tiny_moe", "algorithm.optimizer.learning_rate=5e-3"]
     for algorithm in ("grpo_rollout_routing_replay", "gspo_rollout_routing_replay"):
