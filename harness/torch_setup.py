@@ -2,9 +2,9 @@
 
 import os
 
-# For glibc: memory in large pages where the system has them, no mapping of its own for a tensor below 32 MiB, and up to
-# 4 GiB kept when it is free. Tensors come and go by the thousand in a step; their pages would be made anew each time.
-_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
+# For glibc: no mapping of its own for a tensor below 32 MiB, and up to 4 GiB kept when it is free. Tensors come and go by
+# the thousand in a step; otherwise their memory goes back to the system, and its pages are made anew each time.
+_MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 
 
 def set_up_environment(threads: int) -> None:
