@@ -2,8 +2,8 @@
 
 import os
 
-# For glibc: no mapping of its own for a tensor below 32 MiB, and up to 4 GiB kept when it is free. Tensors come and go by
-# the thousand in a step; otherwise their memory goes back to the system, and its pages are made anew each time.
+# For glibc: no mapping of its own for a tensor below 32 MiB, and up to 4 GiB kept when it is free. Tensors come and go
+# by the thousand in a step; otherwise their memory goes back to the system, and its pages are made anew each time.
 _MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 
 
