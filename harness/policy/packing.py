@@ -89,14 +89,12 @@ class _Places:
 
 @dataclass
 class _Layout:
-    """Which of the N tokens, of which the first P are of prompts, are where in B x L rows."""
+    """Which of the N tokens are where in B x L rows."""
 
     rows: _Places  # [B x L] of each position the token
     own: _Places  # [N] of each token the position, of a prompt's the first that it has
     owner: _Places  # [B x L] of each position the token whose first it is, N elsewhere
-    copies: tuple[
-        Tensor, ...
-    ]  # of the first so many tokens, which are of prompts, a second position, a third and so on
+    copies: tuple[Tensor, ...]  # of the first so many tokens, those of prompts, a second position, a third and so on
 
     def to(self, device: torch.device) -> "_Layout":
         """On another device."""
@@ -119,8 +117,8 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
     prompt = columns < batch.prompt_lengths.unsqueeze(1)
     readers = (rank == 0).nonzero().squeeze(1)
     readers = readers[size[readers].argsort(descending=True, stable=True)]
-    reader, column = prompt[readers].nonzero(as_tuple=True)
-    reader = readers[reader]
+    index, column = prompt[readers].nonzero(as_tuple=True)
+    reader = readers[index]
     completions = (~prompt & (columns < batch.lengths.unsqueeze(1))).flatten().nonzero().squeeze(1)
     own = torch.cat([reader * length + column, completions])
     owner = torch.full((count * length,), len(own))
