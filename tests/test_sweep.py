@@ -55,9 +55,15 @@ def mischief(logprobs, old_logprobs, mask, *, kind: str):
 """
 
 
+def _say_nothing_of_memory(monkeypatch):
+    for name in [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A working directory with a part and algorithms of the user's own."""
+    _say_nothing_of_memory(monkeypatch)
     (tmp_path / "mischief.py").write_text(_MISCHIEF)
     algorithms = tmp_path / "mine" / "algorithm"
     algorithms.mkdir(parents=True)
@@ -372,7 +378,7 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
 def test_how_memory_is_kept_is_what_the_user_says_or_our_own(given, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES"):  # for monkeypatch to put them back
         monkeypatch.setenv(name, "")
-    monkeypatch.delenv("GLIBC_TUNABLES")
+    _say_nothing_of_memory(monkeypatch)
     if given:
         monkeypatch.setenv(*given)
     set_up_environment(threads=3)
