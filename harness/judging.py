@@ -78,7 +78,7 @@ class Judge:
             if routing.layers and micro.routes is None:
                 with recording():
                     choices = routing.choices()
-                    recorded.append(packing.in_rows(choices, padding_routes(1, 1, like=choices)[0]))
+                    recorded.append(packing.in_rows(choices))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():

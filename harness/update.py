@@ -195,6 +195,7 @@ class PolicyUpdater(Updater):
             policy, config, config.algorithm.optimizer.learning_rate, config.algorithm.optimizer.max_grad_norm
         )
         self.policy, self.uncharged = policy, uncharged
+        self.routing = Routing(policy)
 
     def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         self.recomputed = 0.0
@@ -220,7 +221,8 @@ class PolicyUpdater(Updater):
         bonus = algorithm.entropy_coefficient
         packing = Packing(decoder(self.policy), micro)
         replayed = targets.routes if algorithm.routing_replay != "disabled" else None
-        routing = Routing(self.policy, None if replayed is None else packing.in_one(replayed))
+        routing = self.routing
+        routing.replay = None if replayed is None else packing.in_one(replayed)
         # The rollout batch's first step still has the weights that it was sampled with.
         first = self.updates % (algorithm.epochs * algorithm.minibatches) == 0
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
@@ -262,14 +264,14 @@ class PolicyUpdater(Updater):
         rows = torch.arange(0, len(batch.mask), self.config.algorithm.minibatches)
         for micro_rows in rows.split(self.config.model.micro_batch_sequences):
             micro = batch.select(micro_rows)
-            routing, packing = Routing(self.policy), Packing(decoder(self.policy), micro)
-            with routing.watch():
+            packing, self.routing.replay = Packing(decoder(self.policy), micro), None
+            with self.routing.watch():
                 completion_logprobs(self.policy, micro, self.config.rollout.temperature, packing=packing)
             old = routes[micro_rows][micro.positions()].to(self.device)
-            _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
-            _expert_changes(routing.native, packing, old, metrics, ("update_expert", "update_token"))
+            _expert_changes(self.routing.native, packing, old, metrics, ("expert", "token"))
+            _expert_changes(self.routing.native, packing, old, metrics, ("update_expert", "update_token"))
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same
-                _expert_changes(routing.native, packing, old, metrics, ("used_expert",))
+                _expert_changes(self.routing.native, packing, old, metrics, ("used_expert",))
 
 
 def _expert_changes(

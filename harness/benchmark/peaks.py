@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from harness.benchmark import memory
+from harness.policy.products import onednn_product
 
 # Dense bfloat16 products by the vendor's data sheets, FLOPs a second, of the GPUs whose names hold these words.
 _DATA_SHEETS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -36,8 +38,15 @@ def data_sheet_peak(name: str) -> float | None:
 
 
 def matrix_peak(largest: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOPs a second of the fastest product of square matrices of a quarter, half and all of that side."""
-    return max(_product(side, device, dtype) for side in (largest // 4, largest // 2, largest))
+    """FLOPs a second of the fastest ``torch.mm`` of square matrices of a quarter, half and all of that side."""
+    return max(_product(side, device, dtype, torch.mm) for side in (largest // 4, largest // 2, largest))
+
+
+def onednn_peak(largest: int) -> float:
+    """Likewise of oneDNN's product in float32 on a CPU, which ``torch.mm`` does not take; 0 where torch has none."""
+    if not torch.backends.mkldnn.is_available():
+        return 0.0
+    return max(_product(side, "cpu", torch.float32, onednn_product) for side in (largest // 4, largest // 2, largest))
 
 
 def memory_peak(size: int, device: str) -> float:
@@ -47,10 +56,9 @@ def memory_peak(size: int, device: str) -> float:
     return 2 * size / _fastest(lambda: target.copy_(source), device)
 
 
-def _product(side: int, device: str, dtype: torch.dtype) -> float:
+def _product(side: int, device: str, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return 2 * side**3 / _fastest(lambda: torch.mm(left, right, out=out), device)
+    return 2 * side**3 / _fastest(lambda: multiply(left, right), device)
 
 
 def _fastest(work: Callable[[], object], device: str) -> float:

@@ -50,8 +50,8 @@ def padding_free_attention(
         query: [B, heads, Q, D].
         key: [B, key heads, L, D].
         value: [B, key heads, L, Dv].
-        attention_mask: [B, 1, Q, L] bool, or None where nothing but what follows is hidden; not looked at where there
-            is ``packing``.
+        attention_mask: [B, 1, Q, L] bool, or to be added to the scores, or None where nothing but what follows is
+            hidden; not looked at where there is ``packing``.
         scaling: of the scores; 1 / sqrt(D) by default.
         packing: where the tokens of a pass without padding (B = 1) belong.
         settings: the rest of what models pass on.
@@ -107,6 +107,14 @@ class _ShortCausalAttention(torch.autograd.Function):
         return of_query.view(batch, heads, length, -1), of_key.view(grouped), of_value.view(grouped), None
 
 
+def decoding_mask(present: Tensor) -> Tensor:
+    """[n, 1, 1, L] of decoded tokens, which see those that ``present`` [n, L] marks, as is fastest for their layers."""
+    mask = present[:, None, None]
+    if present.device.type != "cpu":
+        return mask
+    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)  # adding takes a third of the time of filling
+
+
 def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, 1, heads, Dv] for one query a row, without a copy of the keys for each head."""
     batch, heads, _, dim = query.shape
@@ -120,12 +128,14 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     """As torch's kernel, which is slower for a single query on a CPU."""
     missing = _COLUMNS - key.shape[2]
     if missing > 0:
-        mask = key.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
+        mask = decoding_mask(key.new_ones(1, key.shape[2], dtype=torch.bool)) if mask is None else mask
         key, value = (nn.functional.pad(states, (0, 0, 0, missing)) for states in (key, value))
-        mask = nn.functional.pad(mask, (0, missing))
+        mask = nn.functional.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else -torch.inf)
     scores = torch.matmul(query * scale, key.transpose(2, 3))
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, -torch.inf)
+    elif mask is not None:
+        scores += mask
     return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)
 
 

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from harness.config import ModelConfig
 from harness.errors import ConfigError
-from harness.policy.experts import follow_autocast
+from harness.policy.experts import follow_autocast, use_closed_form
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
+from harness.policy.products import favours_onednn, use_onednn
 
 
 def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -45,6 +46,8 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
     _check_head(model, path)
+    if device == "cpu" and favours_onednn():
+        use_onednn(model)
     fuse_normalization(model)
     drop_padding(model)
     if config.activation_checkpointing:
@@ -53,6 +56,8 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)
+    else:
+        use_closed_form(model)
     return model.eval(), tokenizer
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.policy.loading import autocast, decoder
 from harness.policy.packing import Packing
+from harness.policy.products import product
 from harness.rollout.batch import Batch, send
 
 # Logits that are held for the backward pass at most: 2^25 float32 are 128 MiB.
@@ -151,9 +151,9 @@ class _Recomputed(torch.autograd.Function):
             gradient = gradient.to(dtype)
             with autocast(states.device):
                 if grad_weight is not None:
-                    grad_weight[block] = gradient.T @ states
+                    grad_weight[block] = product(gradient.T, states.T)
                 if grad_states is not None:
-                    grad_states += gradient @ weight[block]
+                    grad_states += product(gradient, weight[block].T)
             del gradient
         return grad_states, grad_weight, grad_bias, None, None, None  # autograd casts them to their tensors' types
 
@@ -166,7 +166,7 @@ def _blocks(states: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, block: slice) -> Tensor:
     with autocast(states.device):
-        return functional.linear(states, weight[block], None if bias is None else bias[block])
+        return product(states, weight[block], None if bias is None else bias[block])
 
 
 def _locate(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:

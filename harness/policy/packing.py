@@ -6,16 +6,18 @@ attention sets tokens in rows, each completion behind its prompt.
 Where tokens are is worked out in host memory and then sent to the device, so that nobody waits for it to say.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE, is_padding_free
+from harness.policy.products import MULTIPLE
 from harness.rollout.batch import Batch, join, send
 
 
@@ -39,18 +41,17 @@ class Packing:
         self.shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
         device, padding_free = network.device, is_padding_free(network)
         columns = torch.arange(self.shape[1]).expand(self.shape)
-        places = _packed(batch, columns) if padding_free else _all(columns)
-        own = places.own.index
-        self.completion = send(places.rows.index.view(self.shape)[batch.positions()], device)
+        layout = _packed(batch, columns) if padding_free else _all(columns)
+        self.completion = send(layout.rows.view(self.shape)[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
-        self._places = places.to(device)
+        self._layout = layout.to(device)
         self.inputs: dict[str, Any]
         if not padding_free:
             self.inputs = {"input_ids": send(batch.input_ids, device)}
         else:
             self.inputs = {
-                "input_ids": send(batch.input_ids.flatten()[own].unsqueeze(0), device),
-                "position_ids": send(columns.flatten()[own].unsqueeze(0), device),
+                "input_ids": send(batch.input_ids.flatten()[layout.own].unsqueeze(0), device),
+                "position_ids": send(columns.flatten()[layout.own].unsqueeze(0), device),
                 # Without one transformers would look in the positions for sequences, and wait for the device.
                 "attention_mask": send(torch.ones(1, 1, 1, 1, dtype=torch.bool), device),
                 "packing": self,
@@ -58,14 +59,11 @@ class Packing:
 
     def in_one(self, rows: Tensor) -> Tensor:
         """[N, ...] from [B, L, ...]: of a prompt's copies the first."""
-        return _Take.apply(rows.flatten(0, 1), self._places.own, self._places.owner)
+        return _InOne.apply(rows.flatten(0, 1), self._layout)
 
-    def in_rows(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[B, L, ...] from [N, ...]; 0 where no token is, or ``padding`` [1, ...]."""
-        places = self._places
-        if padding is None:
-            return _Take.apply(tokens, places.rows, places.own, places.copies).unflatten(0, self.shape)
-        return torch.cat([tokens, padding]).index_select(0, places.rows.index).unflatten(0, self.shape)
+    def in_rows(self, tokens: Tensor) -> Tensor:
+        """[B, L, ...] from [N, ...]; where no token is, a filling one."""
+        return _InRows.apply(tokens, self._layout).unflatten(0, self.shape)
 
     def of_completions(self, values: Tensor) -> Tensor:
         """[B, T] from those of the M completion tokens, 0 where masked."""
@@ -74,94 +72,88 @@ class Packing:
 
 
 @dataclass
-class _Places:
-    """Where elements are along a first dimension."""
-
-    index: Tensor  # [n]
-    past: bool = False  # whether some are one past the last, where 0 stands
-
-    def take(self, elements: Tensor) -> Tensor:
-        """The elements there."""
-        if self.past:
-            elements = torch.cat([elements, elements.new_zeros(1, *elements.shape[1:])])
-        return elements.index_select(0, self.index)
-
-
-@dataclass
 class _Layout:
     """Which of the N tokens are where in B x L rows."""
 
-    rows: _Places  # [B x L] of each position the token
-    own: _Places  # [N] of each token the position, of a prompt's the first that it has
-    owner: _Places  # [B x L] of each position the token whose first it is, N elsewhere
-    copies: tuple[Tensor, ...]  # of the first so many tokens, those of prompts, a second position, a third and so on
+    rows: Tensor  # [B x L] of each position the token, the first filling one where there is none
+    own: Tensor  # [N] of each token the position, of a prompt's the first that it has; of filling ones any
+    owner: Tensor  # [B x L] of each position the token whose first it is, otherwise the first filling one
+    positions: Tensor  # of the first token all positions, then of the second and so on; of filling ones none
+    starts: Tensor  # [N] where in ``positions`` those of each token begin
 
     def to(self, device: torch.device) -> "_Layout":
         """On another device."""
-        rows, own, owner = (_Places(send(each.index, device), each.past) for each in (self.rows, self.own, self.owner))
-        return _Layout(rows, own, owner, tuple(send(places, device) for places in self.copies))
+        return _Layout(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
 def _packed(batch: Batch, columns: Tensor) -> _Layout:
-    """Tokens alone, prompts first, each once for the rows of its group, those with most rows first.
+    """Tokens alone, prompts first, each once for the rows of its group.
+
+    At least one more fills up their number. What is computed from it reaches no completion, so that its gradients are
+    0: it stands wherever there is no token.
 
     Args:
         batch: in host memory.
         columns: [B, L] of each position.
     """
-    count, length = columns.shape
-    same = batch.group_ids.unsqueeze(1) == batch.group_ids
-    first, rank, size = batch.first_of_group, same.tril(-1).sum(1), same.sum(1)
-    members = torch.zeros(count, int(size.max()), dtype=torch.long)  # in a group's first row all of its rows
-    members[first, rank] = torch.arange(count)
+    first = batch.first_of_group
+    reads = first == torch.arange(len(first))
     prompt = columns < batch.prompt_lengths.unsqueeze(1)
-    readers = (rank == 0).nonzero().squeeze(1)
-    readers = readers[size[readers].argsort(descending=True, stable=True)]
-    index, column = prompt[readers].nonzero(as_tuple=True)
-    reader = readers[index]
-    completions = (~prompt & (columns < batch.lengths.unsqueeze(1))).flatten().nonzero().squeeze(1)
-    own = torch.cat([reader * length + column, completions])
-    owner = torch.full((count * length,), len(own))
+    completion = ~prompt & (columns < batch.lengths.unsqueeze(1))
+    own = torch.cat([mask.flatten().nonzero().squeeze(1) for mask in (prompt & reads.unsqueeze(1), completion)])
+    owner = torch.full((columns.numel(),), len(own))
     owner[own] = torch.arange(len(own))
-    rows = torch.where(prompt, owner.view(count, length)[first], owner.view(count, length)).flatten()
-    copies = []
-    for copy in range(1, members.shape[1]):
-        held = int((size[reader] > copy).sum())
-        copies.append(members[reader[:held], copy] * length + column[:held])
+    rows = torch.where(prompt, owner.view(columns.shape)[first], owner.view(columns.shape)).flatten()
+    positions = rows.argsort(stable=True)[: int((rows < len(own)).sum())]
+    counts = rows.bincount(minlength=len(own))[: len(own)]
+    filling = MULTIPLE - len(own) % MULTIPLE
     return _Layout(
-        rows=_Places(rows, past=bool((rows == len(own)).any())),
-        own=_Places(own),
-        owner=_Places(owner, past=len(own) < len(owner)),
-        copies=tuple(copies),
+        rows=rows,
+        own=functional.pad(own, (0, filling)),
+        owner=owner,
+        positions=positions,
+        starts=functional.pad(counts.cumsum(0) - counts, (0, filling), value=len(positions)),
     )
 
 
 def _all(columns: Tensor) -> _Layout:
     """All positions, as they are."""
-    every = _Places(torch.arange(columns.numel()))
-    return _Layout(every, every, every, ())
+    every = torch.arange(columns.numel())
+    return _Layout(every, every, every, every, every)
 
 
-class _Take(torch.autograd.Function):
-    """Elements along the first dimension, by their places; ``copies`` are further places of the first of them.
+class _InOne(torch.autograd.Function):
+    """[N, ...] from [B x L, ...].
 
-    Both directions gather, where torch would scatter the gradient: with deterministic kernels by sorting the indices.
+    Here as there both directions gather, where torch would scatter the gradient: with deterministic kernels by sorting
+    the indices.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, elements: Tensor, places: _Places, inverse: _Places, copies: tuple[Tensor, ...] = ()
-    ) -> Tensor:
-        ctx.inverse, ctx.copies = inverse, copies
-        return places.take(elements)
+    def forward(ctx: Any, rows: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout = layout
+        return rows.index_select(0, layout.own)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        result = ctx.inverse.take(gradient)
-        for places in ctx.copies:
-            result[: len(places)] += gradient.index_select(0, places)
-        return result, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.layout.owner), None
+
+
+class _InRows(torch.autograd.Function):
+    """[B x L, ...] from [N, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout = layout
+        return tokens.index_select(0, layout.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        summed = functional.embedding_bag(layout.positions, gradient.flatten(1), layout.starts, mode="sum")
+        return summed.view(-1, *gradient.shape[1:]), None
 
 
 @torch.no_grad()

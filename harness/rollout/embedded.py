@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from harness.config import RolloutConfig
-from harness.policy.attention import is_padding_free
+from harness.policy.attention import decoding_mask, is_padding_free
 from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
@@ -119,7 +119,7 @@ class EmbeddedEngine:
         later = prompts.present.new_ones(len(prompts.present), self.max_tokens)
         attention = torch.cat([prompts.present, later], 1).repeat_interleave(group_size, 0)
         if is_padding_free(self.model):  # as its layers want it, so that transformers need not make one at every token
-            attention = attention[:, None, None]
+            attention = decoding_mask(attention)
         positions = prompts.lengths.repeat_interleave(group_size)
         active = torch.arange(len(positions), device=self.device)
         for step in range(self.max_tokens):

@@ -11,6 +11,7 @@ from harness.policy.attention import PADDING_FREE, causal_attention
 from harness.policy.critic import Critic
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import Packing, drop_padding
+from harness.policy.products import MULTIPLE
 from harness.policy.routing import Routing, expert_layers
 from harness.rollout.batch import join
 from tests.policy.conftest import fresh, make_batch
@@ -126,8 +127,9 @@ def test_no_padding_reaches_the_layers(model, batch):
     completion_logprobs(model, batch, 1.0)
     prompts = {int(group): int(length) for group, length in zip(batch.group_ids, batch.prompt_lengths, strict=True)}
     after = int((batch.lengths - batch.prompt_lengths).sum())
-    assert tokens == [(1, sum(prompts.values()) + after)]
-    assert tokens[0][1] < batch.input_ids.numel()
+    real = sum(prompts.values()) + after
+    assert real < batch.input_ids.numel()
+    assert tokens == [(1, (real // MULTIPLE + 1) * MULTIPLE)]
 
 
 def test_a_critic_made_from_it_does_without_padding_too(model, batch):
@@ -149,32 +151,35 @@ def test_packing_and_back_by_hand():
     mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 0]])
     batch = join([[5, 6], [7], [5, 6]], completions, mask, torch.zeros(3, 3), torch.tensor([0, 1, 0]), 0)
     packing = Packing(model.base_model, batch)
-    assert packing.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 11, 13]]
-    assert packing.inputs["position_ids"].tolist() == [[0, 1, 0, 2, 3, 1, 2]]
+    filling = [5] * (MULTIPLE - 7)
+    assert packing.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 11, 13, *filling]]
+    assert packing.inputs["position_ids"].tolist() == [[0, 1, 0, 2, 3, 1, 2, *[0] * len(filling)]]
     assert packing.completion.tolist() == [1, 3, 4, 2, 5, 1, 6]
-    tokens = torch.arange(1.0, 8.0)
+    tokens = torch.arange(1.0, MULTIPLE + 1)
     rows = packing.in_rows(tokens)
-    assert rows.tolist() == [[1, 2, 4, 5], [3, 6, 0, 0], [1, 2, 7, 0]]
-    assert torch.equal(packing.in_one(rows), tokens)
-    filled = packing.in_rows(tokens, torch.tensor([-1.0]))
-    assert filled.tolist() == [[1, 2, 4, 5], [3, 6, -1, -1], [1, 2, 7, -1]]
+    assert rows.tolist() == [[1, 2, 4, 5], [3, 6, 8, 8], [1, 2, 7, 8]]
+    assert torch.equal(packing.in_one(rows)[:7], tokens[:7])
 
 
 def test_gradients_of_packing_and_back_by_hand():
     model = fresh("tiny_dense")
     drop_padding(model)
-    # One completion of the prompt 6, then three of the prompt 5, which is read first as the one of more.
+    # One completion of the prompt 6, then three of the prompt 5, the last of which is cut short.
     completions, groups = torch.tensor([[8, 9], [10, 11], [12, 13], [14, 15]]), torch.tensor([7, 3, 3, 3])
-    batch = join([[6], [5], [5], [5]], completions, torch.ones(4, 2), torch.zeros(4, 2), groups, 0)
+    mask = torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0]])
+    batch = join([[6], [5], [5], [5]], completions, mask, torch.zeros(4, 2), groups, 0)
     packing = Packing(model.base_model, batch)
-    assert packing.inputs["input_ids"].tolist() == [[5, 6, 8, 10, 12, 14]]
-    tokens = torch.zeros(6, requires_grad=True)
+    assert packing.inputs["input_ids"][0, :6].tolist() == [6, 5, 8, 10, 12, 6]
+    tokens = torch.zeros(MULTIPLE, 3, requires_grad=True)
     weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]])
-    (packing.in_rows(tokens) * weights).sum().backward()
-    assert tokens.grad.tolist() == [2 + 3 + 4, 1, 10, 20, 30, 40]
+    # What stands where no token is gets no gradient, though a gradient is handed in.
+    (packing.in_rows(tokens) * weights.unsqueeze(-1)).sum().backward()
+    assert tokens.grad[:, 1].tolist() == [1, 2 + 3 + 4, 10, 20, 30] + [0] * (MULTIPLE - 5)
     rows = torch.zeros(4, 2, requires_grad=True)
-    (packing.in_one(rows) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])).sum().backward()
-    assert rows.grad.tolist() == [[2, 3], [1, 4], [0, 5], [0, 6]]
+    handed = torch.zeros(MULTIPLE)
+    handed[:5] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    (packing.in_one(rows) * handed).sum().backward()
+    assert rows.grad.tolist() == [[1, 3], [2, 4], [0, 5], [0, 0]]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])

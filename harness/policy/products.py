@@ -1,0 +1,102 @@
+"""Matrix products in float32 on a CPU, by the faster of the two libraries that torch has for them.
+
+torch takes MKL, which keeps its kernels for registers of 512 bits to Intel's processors: on AMD's that have such
+registers it reaches less than half of what oneDNN does.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from harness.machine import device_name
+
+# Passes without padding fill up their tokens to a multiple of this, so that the shapes of products come again.
+MULTIPLE = 32
+# oneDNN takes ten microseconds a call, and compiles a kernel for each new shape: from so many multiplications on it is
+# faster for shapes that come again, and for any.
+_RECURRING, _ANY = 2**21, 2**26
+# So few rows come again anyway: those of decoded tokens.
+_FEW_ROWS = 512
+
+
+@cache
+def favours_onednn() -> bool:
+    """Whether this processor multiplies float32 matrices faster by oneDNN than by MKL."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.backends.mkldnn.is_available() and "AMD" in device_name("cpu")
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by the library that is faster. No gradients."""
+    if favours_onednn() and _pays(left, len(right)):
+        return onednn_product(left, right, bias)
+    return functional.linear(left, right, bias)
+
+
+def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., N] from [..., K], [N, K] and [N] in float32, by oneDNN. No gradients."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+def use_onednn(model: PreTrainedModel) -> None:
+    """Put :class:`Linear` in the place of a model's linear layers."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, Linear(module))
+
+
+class Linear(nn.Linear):
+    """A linear layer by oneDNN, where that is faster."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """Takes over the weights of ``layer``."""
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D_out] from [..., D_in]."""
+        if not _pays(states, self.out_features):
+            return functional.linear(states, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            return _Linear.apply(states, self.weight, self.bias)
+        return onednn_product(states, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        return onednn_product(states, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        states, weight = ctx.saved_tensors
+        of_states, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            onednn_product(gradient, weight.t()) if of_states else None,
+            _sum_of_outer_products(rows, states.flatten(0, -2)) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
+    """[M, N] from [K, M] and [K, N]; the left one is copied, and the smaller one is the faster to copy."""
+    if left.shape[1] <= right.shape[1]:
+        return onednn_product(left.t(), right.t())
+    return onednn_product(right.t(), left.t()).t()
+
+
+def _pays(states: Tensor, columns: int) -> bool:
+    """Whether oneDNN multiplies states [..., K] and [columns, K] faster than MKL."""
+    multiplications = states.numel() * columns
+    if multiplications < _RECURRING or states.device.type != "cpu" or states.dtype != torch.float32:
+        return False
+    rows = states.numel() // states.shape[-1]
+    return multiplications >= _ANY or rows <= _FEW_ROWS or rows % MULTIPLE == 0
