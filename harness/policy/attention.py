@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 PADDING_FREE = "padding_free"  # the name in a model's configuration
 
-# Scores held at once for the backward pass, as long as they fit into a core's cache; longer rows take torch's kernel.
-_SCORES = 2**20
+# Scores of a layer, whose half is held for the backward pass; more of them take torch's kernel, which holds none.
+_SCORES = 2**23
+
+# Queries that see the same keys, but for each other: what follows them is left out. Softmax is slow over fewer keys.
+_BLOCK = 16
 
 # Keys at least for a decoded token: with fewer, torch's CPU kernels for softmax and small products are several times
 # slower than with as many of which some are masked.
@@ -79,32 +82,55 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 
 class _ShortCausalAttention(torch.autograd.Function):
-    """Softmax attention that keeps its weights: torch's CPU kernel recomputes them, block by block."""
+    """Softmax attention that keeps its weights: torch's CPU kernel computes them again."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         (batch, heads, length, _), groups = query.shape, key.shape[1]
-        # The queries of all heads that share a key head stand below each other: [B x groups, heads / groups x L, D].
-        query = query.reshape(batch * groups, -1, query.shape[-1])
         key, value = key.flatten(0, 1), value.flatten(0, 1)
-        hidden = query.new_full((length, length), -torch.inf).triu(1).repeat(heads // groups, 1)
-        weights = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
-        ctx.save_for_backward(query, key, value, weights)
+        saved, outputs = [key, value], []
+        for start, end in _blocks(length):
+            block = _stacked(query[:, :, start:end], groups)
+            hidden = query.new_full((end - start, end), -torch.inf).triu(1 + start).repeat(heads // groups, 1)
+            scores = torch.baddbmm(hidden, block, key[:, :end].transpose(1, 2), alpha=scaling)
+            weights = scores.softmax(-1)
+            outputs.append(torch.bmm(weights, value[:, :end]).view(batch, heads, end - start, -1))
+            saved += [block, weights]
+        ctx.save_for_backward(*saved)
         ctx.scaling, ctx.shape = scaling, (batch, heads, groups, length)
-        return torch.bmm(weights, value).view(batch, heads, length, -1)
+        return _joined(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
+        key, value, *saved = ctx.saved_tensors
         batch, heads, groups, length = ctx.shape
-        gradient = gradient.reshape(batch * groups, -1, gradient.shape[-1])
-        of_value = torch.bmm(weights.transpose(1, 2), gradient)
-        of_weights = torch.bmm(gradient, value.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-        of_query, of_key = torch.bmm(of_scores, key), torch.bmm(of_scores.transpose(1, 2), query)
+        of_query, of_key, of_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        for (start, end), block, weights in zip(_blocks(length), saved[::2], saved[1::2], strict=True):
+            given = _stacked(gradient[:, :, start:end], groups)
+            of_weights = torch.bmm(given, value[:, :end].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+            of_query.append(torch.bmm(of_scores, key[:, :end]).view(batch, heads, end - start, -1))
+            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), block)
+            of_value[:, :end] += torch.bmm(weights.transpose(1, 2), given)
         grouped = (batch, groups, length, -1)
-        return of_query.view(batch, heads, length, -1), of_key.view(grouped), of_value.view(grouped), None
+        return _joined(of_query), of_key.view(grouped), of_value.view(grouped), None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The first query of each block, and one past its last."""
+    ends = [*range(_BLOCK, length - _BLOCK // 2, _BLOCK), length]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _stacked(states: Tensor, groups: int) -> Tensor:
+    """[B x groups, heads / groups x L, D] from [B, heads, L, D]: below each other those that share a key head."""
+    return states.reshape(len(states) * groups, -1, states.shape[-1])
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    """[B, heads, L, D] from blocks of it; in memory all heads of a token are together, as projections want them."""
+    return torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
 def decoding_mask(present: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation in few operations; transformers' own models take eight, and as many gradients.
 
-On a GPU it is one kernel in either direction. A CPU has none, but gradients in closed form, which read what they need
-once.
+On a GPU it is one kernel in either direction. A CPU has none, but few operations, and gradients in closed form, which
+read what they need once.
 """
 
 import inspect
@@ -24,20 +24,29 @@ class RMSNorm(nn.Module):
         """
         super().__init__()
         self.weight, self.epsilon = weight, epsilon
+        self.constant: Tensor
+        self.register_buffer("constant", torch.tensor(epsilon, dtype=weight.dtype), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D], each vector over its root mean square, times the gain."""
         states = states.to(self.weight.dtype)  # torch has no kernel for two precisions
-        if states.device.type == "cpu" and torch.is_grad_enabled():
-            return _RMSNorm.apply(states, self.weight, self.epsilon)
-        return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
+        if states.device.type != "cpu":
+            return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(states, self.weight, self.constant)
+        return (states * _scale(states, self.constant)).mul_(self.weight)
+
+
+def _scale(states: Tensor, epsilon: Tensor) -> Tensor:
+    """[..., 1], one over the root mean square of states [..., D]."""
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return torch.addcmul(epsilon, norm, norm, value=1 / states.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(len(weight))
-        scale = mean_square.add_(epsilon).rsqrt_()
+    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
+        scale = _scale(states, epsilon)
         normalized = states * scale
         ctx.save_for_backward(normalized, weight, scale)
         return normalized * weight
