@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from harness.machine import device_name
 
 # Passes without padding fill up their tokens to a multiple of this, so that the shapes of products come again.
-MULTIPLE = 32
+MULTIPLE = 64
 # oneDNN takes ten microseconds a call, and compiles a kernel for each new shape: from so many multiplications on it is
 # faster for shapes that come again, and for any.
 _RECURRING, _ANY = 2**21, 2**26

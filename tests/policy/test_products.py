@@ -79,7 +79,7 @@ def test_the_smaller_factor_of_a_weights_gradient_is_the_one_that_is_copied(call
 
 @pytest.mark.parametrize(
     ("rows", "pays"),
-    [(128, False), (512, True), (511, True), (513, False), (544, True), (545, False), (2**14 + 1, True)],
+    [(128, False), (512, True), (511, True), (513, False), (576, True), (577, False), (2**14 + 1, True)],
 )
 def test_what_is_small_or_does_not_come_again_is_left_to_mkl(rows, pays):
     # 64 x 64 multiplications a row: 2^21 of them are 512 rows, 2^26 are 16,384.
