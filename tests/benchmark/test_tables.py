@@ -89,7 +89,7 @@ def test_step_table_says_what_to_install(monkeypatch):
 def test_update_is_held_against_the_peak():
     row = update.compare("tiny_dense", "fixed", OPTIONS)
     assert (row["update, GFLOP/s"] / row["peak, GFLOP/s"]).values == pytest.approx(row["share"].values)
-    assert all(peak >= mm for peak, mm in zip(row["peak, GFLOP/s"].values, row["torch.mm, GFLOP/s"].values, strict=True))
+    assert all(peak >= 1 for peak in (row["peak, GFLOP/s"] / row["torch.mm, GFLOP/s"]).values)
     assert row["goal"] == "at least 0.5" and row["reached"] == "no"
 
 
