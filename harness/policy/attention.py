@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 PADDING_FREE = "padding_free"  # the name in a model's configuration
 
-# Scores of a layer, whose half is held for the backward pass; more of them take torch's kernel, which holds none.
-_SCORES = 2**23
+# More scores, or longer rows, take torch's kernel, which holds none for the backward pass: of so many, half are held
+# where rows are long, 16 MiB a layer.
+_SCORES, _LENGTH = 2**23, 512
 
 # Queries that see the same keys, but for each other: what follows them is left out. Softmax is slow over fewer keys.
 _BLOCK = 16
@@ -74,7 +75,7 @@ def padding_free_attention(
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """[B, heads, L, Dv] from queries [B, heads, L, D], keys [B, key heads, L, D] and values [B, key heads, L, Dv]."""
     batch, heads, length, _ = query.shape
-    if query.device.type == "cpu" and batch * heads * length**2 <= _SCORES:
+    if query.device.type == "cpu" and length <= _LENGTH and batch * heads * length**2 <= _SCORES:
         return _ShortCausalAttention.apply(query, key, value, scaling)
     return nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]

@@ -29,7 +29,7 @@ def follow_autocast(model: PreTrainedModel) -> None:
 def use_closed_form(model: PreTrainedModel) -> None:
     """Let a model on a CPU multiply its experts in closed form, if it asks for ``grouped_mm`` and gets what that gives.
 
-    That is tried: experts with biases, or with another activation than SwiGLU, do not.
+    That is tried: experts with biases, or with another gate than plain SwiGLU, do not.
     """
     stacked = [module for module in model.modules() if isinstance(getattr(module, "down_proj", None), nn.Parameter)]
     if model.config._experts_implementation == "grouped_mm" and stacked and all(map(_is_closed_form, stacked)):
@@ -38,14 +38,20 @@ def use_closed_form(model: PreTrainedModel) -> None:
 
 def _is_closed_form(experts: nn.Module) -> bool:
     down: Any = experts.down_proj
-    hidden = torch.linspace(-1, 1, 3 * down.shape[1]).view(3, -1)
-    chosen = torch.tensor([[0, 1], [1, 0], [len(down) - 1, 0]])
-    weights = torch.linspace(0.2, 0.8, 6).view(3, 2)
     try:
+        hidden = torch.linspace(-1, 1, 3 * down.shape[1]).view(3, -1)
+        chosen = torch.tensor([[0, 1], [1, 0], [len(down) - 1, 0]])
+        weights = torch.linspace(0.2, 0.8, 6).view(3, 2)
         ours = closed_form_experts(experts, hidden, chosen, weights)
-        return torch.allclose(ours, grouped_mm_experts_forward(experts, hidden, chosen, weights), rtol=1e-3, atol=1e-5)
-    except (AttributeError, RuntimeError):  # weights of another layout
+        theirs = grouped_mm_experts_forward(experts, hidden, chosen, weights)
+        # By itself, since a gate may be clamped where small states do not come.
+        projected = torch.linspace(-1e3, 1e3, 16 * down.shape[2]).view(8, -1)
+        gate, up = projected.chunk(2, -1)
+        gated: Tensor = experts._apply_gate(projected)  # type: ignore[operator]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # weights of another layout
         return False
+    same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    return same and bool(theirs.any()) and torch.allclose(gated, functional.silu(gate) * up)
 
 
 def autocast_grouped_mm(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -79,6 +85,8 @@ class _Cast:
 
 def closed_form_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Experts with SwiGLU (arXiv 2002.05202) and without biases; arguments and result as above."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return autocast_grouped_mm(experts, hidden, chosen, weights)
     return _Experts.apply(hidden, chosen, weights, experts.gate_up_proj, experts.down_proj)
 
 

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.epsilon = weight, epsilon
         self.constant: Tensor
-        self.register_buffer("constant", torch.tensor(epsilon, dtype=weight.dtype), persistent=False)
+        self.register_buffer("constant", weight.new_tensor(epsilon), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D], each vector over its root mean square, times the gain."""

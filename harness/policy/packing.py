@@ -24,8 +24,8 @@ from harness.rollout.batch import Batch, join, send
 class Packing:
     """Where the N tokens of a batch's rows, and M completion tokens among them, are in the input of a network.
 
-    Networks that cannot do without padding see all B x L positions; the others see the real ones alone, prompts first,
-    each once for the completions that it has in the batch.
+    Networks that cannot do without padding see all B x L positions; the others see the real ones, prompts first, each
+    once for the completions that it has in the batch, and a few tokens that fill up their number.
 
     Attributes:
         inputs: what the network is called with.

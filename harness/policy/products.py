@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from harness.machine import device_name
 
-# Passes without padding fill up their tokens to a multiple of this, so that the shapes of products come again.
+# Passes without padding fill up their tokens to the next multiple of this, so that the shapes of products come again.
 MULTIPLE = 64
 # oneDNN takes ten microseconds a call, and compiles a kernel for each new shape: from so many multiplications on it is
 # faster for shapes that come again, and for any.
@@ -40,6 +40,9 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., N] from [..., K], [N, K] and [N] in float32, by oneDNN. No gradients."""
+    if not (right.is_contiguous() or right.t().is_contiguous()):
+        right = right.contiguous()  # others take a thousand times as long
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
@@ -78,10 +81,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
         of_states, of_weight, of_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             onednn_product(gradient, weight.t()) if of_states else None,
-            _sum_of_outer_products(rows, states.flatten(0, -2)) if of_weight else None,
+            _sum_of_outer_products(rows, states.reshape(-1, states.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
@@ -97,6 +100,8 @@ def _pays(states: Tensor, columns: int) -> bool:
     """Whether oneDNN multiplies states [..., K] and [columns, K] faster than MKL."""
     multiplications = states.numel() * columns
     if multiplications < _RECURRING or states.device.type != "cpu" or states.dtype != torch.float32:
+        return False
+    if torch.is_autocast_enabled("cpu"):
         return False
     rows = states.numel() // states.shape[-1]
     return multiplications >= _ANY or rows <= _FEW_ROWS or rows % MULTIPLE == 0

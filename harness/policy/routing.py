@@ -104,6 +104,8 @@ class Routing(TorchFunctionMode):
         Raises:
             ConfigError: if a layer has made no choice that could be seen.
         """
+        self.native = [torch.empty(0)] * len(self.layers)
+        self.used = list(self.native)
         handles = []
         for index, layer in enumerate(self.layers):
             for child in filterfalse(is_experts, layer.children()):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.policy.attention import PADDING_FREE, causal_attention
+from harness.policy.attention import PADDING_FREE, causal_attention, decoding_mask, padding_free_attention
 from harness.policy.critic import Critic
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.packing import Packing, drop_padding
@@ -182,12 +182,13 @@ def test_gradients_of_packing_and_back_by_hand():
     assert rows.grad.tolist() == [[1, 3], [2, 4], [0, 5], [0, 0]]
 
 
+@pytest.mark.parametrize("length", [1, 5, 24, 25, 40])  # of one block, of two, and of three
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-def test_attention_of_short_rows_equals_torchs_in_float64(heads, groups):
+def test_attention_of_short_rows_equals_torchs_in_float64(heads, groups, length):
     generator = torch.Generator().manual_seed(0)
 
     def states(count, width):
-        return torch.randn(3, count, 5, width, dtype=torch.float64, generator=generator).requires_grad_()
+        return torch.randn(3, count, length, width, dtype=torch.float64, generator=generator).requires_grad_()
 
     query, key, value = states(heads, 8), states(groups, 8), states(groups, 6)  # values narrower than keys
     expanded = [each.repeat_interleave(heads // groups, 1) for each in (key, value)]
@@ -204,8 +205,31 @@ def test_long_rows_take_torchs_kernel_and_give_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
     short = causal_attention(query, key, value, 0.3)
-    monkeypatch.setattr("harness.policy.attention._SCORES", 0)
-    torch.testing.assert_close(causal_attention(query, key, value, 0.3), short)
+    kernel = []
+    torchs = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: kernel.append(1) or torchs(*a, **k))
+    for limit in ("_SCORES", "_LENGTH"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"harness.policy.attention.{limit}", 39)
+            torch.testing.assert_close(causal_attention(query, key, value, 0.3), short)
+    assert len(kernel) == 2
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+@pytest.mark.parametrize("length", [1, 3, 15, 16, 17])
+def test_a_decoded_token_sees_what_its_mask_says(length, kind):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 4, 1, 8, generator=generator)
+    key, value = (torch.randn(5, 2, length, 8, generator=generator) for _ in range(2))
+    present = torch.rand(5, length, generator=generator) > 0.5
+    present[:, -1] = True
+    masks = {"none": None, "bool": present[:, None, None], "added": decoding_mask(present)}
+    with torch.no_grad():
+        ours, _ = padding_free_attention(torch.nn.Module(), query, key, value, masks[kind], 0.3)
+    expected = F.scaled_dot_product_attention(
+        query, key, value, None if kind == "none" else present[:, None, None], scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, expected.transpose(1, 2))
 
 
 def test_a_latent_attention_whose_values_are_narrower(batch):

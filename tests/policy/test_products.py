@@ -37,7 +37,7 @@ def layers(inner, outer, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inner", "outer"), [(24, 40), (40, 24), (16, 16)])
-@pytest.mark.parametrize("rows", [(1,), (MULTIPLE,), (1, 2 * MULTIPLE), (2, 3, 7)])
+@pytest.mark.parametrize("rows", [(), (1,), (MULTIPLE,), (1, 2 * MULTIPLE), (2, 3, 7)])
 def test_values_and_gradients_are_those_of_torch(calls, rows, inner, outer, bias):
     plain, ours = layers(inner, outer, bias)
     results = []
@@ -68,6 +68,34 @@ def test_states_that_are_not_contiguous(calls):
     expanded = torch.randn(16).expand(MULTIPLE, 16)
     torch.testing.assert_close(ours(expanded), plain(expanded))
     assert len(calls) == 2
+
+
+def test_factors_and_biases_that_are_parts_of_others():
+    left, right, bias = torch.randn(8, 48)[:, 16:32], torch.randn(24, 48)[:, 16:32], torch.randn(48)[::2]
+    expected = functional.linear(left, right, bias)
+    torch.testing.assert_close(products.onednn_product(left, right, bias), expected)
+    single = torch.randn(1).expand(24)
+    torch.testing.assert_close(products.onednn_product(left, right, single), functional.linear(left, right, single))
+
+
+def test_a_gradient_that_is_expanded_and_states_that_are_part_of_others(calls):
+    plain, ours = layers(16, 24, bias=True)
+    results = []
+    for layer in (plain, ours):
+        wide = torch.linspace(-1, 2, MULTIPLE * 48).view(1, MULTIPLE, 48).requires_grad_()
+        layer(wide[..., 16:32]).sum().backward()
+        results.append([wide.grad, layer.weight.grad, layer.bias.grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 3
+
+
+def test_under_autocast_they_are_torchs(calls):
+    plain, ours = layers(16, 24, bias=True)
+    states = torch.randn(MULTIPLE, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours(states), plain(states)) and ours(states).dtype == torch.bfloat16
+    assert not calls
 
 
 def test_the_smaller_factor_of_a_weights_gradient_is_the_one_that_is_copied(calls):

@@ -1,7 +1,9 @@
 """Routing replay: exact on its own routes, real gradients on foreign ones, and never a silent no-op."""
 
+import pytest
 import torch
 
+from harness.errors import ConfigError
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import Routing, changes, check_routing, expert_layers, padding_routes, routers
 from tests.policy.conftest import fresh
@@ -129,3 +131,11 @@ def test_nothing_is_watched_afterwards(moe, batch):
     perturbed(moe, 1.0)
     completion_logprobs(moe, batch, 1.0)
     assert torch.equal(routing.choices().unflatten(0, batch.input_ids.shape), first)
+
+
+def test_choices_of_an_earlier_pass_do_not_stand_in_for_those_of_a_later_one(moe, batch):
+    routing = Routing(moe)
+    with routing.watch():
+        moe(batch.input_ids)
+    with pytest.raises(ConfigError, match="without a top-k"), routing.watch():
+        pass
