@@ -1,6 +1,8 @@
 """The one training loop. It is blind to which algorithm runs: all it sees are parts and settings."""
 
 import copy
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,9 @@ from harness.validation import check_positions
 
 # Policy, optimizer moments and the new checkpoint beside the old one, with room to spare.
 _CHECKPOINT_COPIES = 12
+
+# Seconds between two notes in run.json of how far the run is, for those who watch; metrics.jsonl has every step.
+_PROGRESS = 1.0
 
 
 def train(config: RunConfig, directory: RunDirectory) -> None:
@@ -80,6 +85,7 @@ class Trainer:
         self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
         self.steps = 0
+        self.told = -math.inf  # when run.json has last said how far the run is
         self.samples: list[dict[str, Any]] = []
         self.log: Log = lambda values, step: None  # train() puts the configured loggers here
         self.inside = self.snapshot()  # the latest state that lies inside the budget
@@ -113,7 +119,9 @@ class Trainer:
         row |= self._batch_metrics(sampled, rewards) | self._costs(phases_before)
         self.directory.append_metrics(row)
         self.log({name: value for name, value in row.items() if name != "step"}, self.steps)
-        self.directory.update_status(budget=self.meter.summary())
+        if failure or time.monotonic() - self.told >= _PROGRESS:
+            self.told = time.monotonic()
+            self.directory.update_status(budget=self.meter.summary())
         if failure:
             raise failure
         now = self.snapshot()

@@ -365,3 +365,19 @@ def test_a_sweep_in_which_nothing_was_ever_rewarded_has_a_report(results, tmp_pa
     assert {row["grad_norm"] for row in rows} == {row["clip_fraction/token"] for row in rows} == {0}
     write_report(read_sweep(results / "nothing"), tmp_path)
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, [2, 4, 6, 6]), (1e9, [2, 6])])
+def test_how_far_a_run_is_stands_in_its_directory_now_and_then_and_at_its_end(results, monkeypatch, seconds, told):
+    monkeypatch.setattr("harness.trainer._PROGRESS", seconds)
+    said, update = [], RunDirectory.update_status
+
+    def listening(directory, **fields):
+        if set(fields) == {"budget"}:
+            said.append(fields["budget"]["spent"]["updates"])
+        update(directory, **fields)
+
+    monkeypatch.setattr(RunDirectory, "update_status", listening)
+    directory = run(results, f"sweep=told_{seconds}", "algorithm.minibatches=2", "budget.limits.updates=6")
+    assert said == told
+    assert directory.read_status()["budget"]["spent"]["updates"] == 6
