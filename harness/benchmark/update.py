@@ -11,9 +11,9 @@ GOALS = {"tiny_dense": 0.5}
 _TEXT = (
     "Model FLOPs of the update phase (harness/policy/flops.py: padding costs none) over its seconds, on one core in "
     "float32, against the best float32 product of square matrices up to {matrix} on the same core, measured in turn in "
-    "the same process: torch.mm's or oneDNN's, whichever is faster. The algorithm is "
-    "reinforce_plus_plus, where each completion has a prompt of its own: passes read a prompt that several share once, "
-    "but the FLOPs of all are counted."
+    "the same process: torch.mm's or oneDNN's, whichever is faster. The algorithm is reinforce_plus_plus, where each "
+    "completion has a prompt of its own: passes read a prompt that several share once, but the FLOPs of all are "
+    "counted."
 )
 
 

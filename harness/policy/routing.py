@@ -72,8 +72,8 @@ class Routing(TorchFunctionMode):
         super().__init__()
         self.layers = expert_layers(model)
         self.replay = replay
-        self.native: list[Tensor] = [torch.empty(0)] * len(self.layers)
-        self.used: list[Tensor] = [torch.empty(0)] * len(self.layers)
+        self.native: list[Tensor] = []
+        self.used: list[Tensor] = []
         self._counts = [next(filter(is_experts, layer.children())).num_experts for layer in self.layers]
         self._layer = -1
         self._masked: tuple[Tensor, Tensor] | None = None
@@ -104,8 +104,7 @@ class Routing(TorchFunctionMode):
         Raises:
             ConfigError: if a layer has made no choice that could be seen.
         """
-        self.native = [torch.empty(0)] * len(self.layers)
-        self.used = list(self.native)
+        self.native, self.used = ([torch.empty(0)] * len(self.layers) for _ in range(2))
         handles = []
         for index, layer in enumerate(self.layers):
             for child in filterfalse(is_experts, layer.children()):
