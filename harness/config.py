@@ -26,6 +26,11 @@ class KLConfig:
     placement: str
     importance_weighted: bool
 
+    @property
+    def in_reward(self) -> bool:
+        """Whether it lowers the reward of each token."""
+        return self.coefficient > 0 and self.placement == "reward"
+
 
 @dataclass
 class CriticConfig:

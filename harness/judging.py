@@ -56,7 +56,7 @@ class Judge:
         function, settings = part("advantage", self.config.algorithm.advantage)
         with self.meter.phase("reward"):
             earned = rewards.tokens
-            if ref_logprobs is not None and kl.placement == "reward":
+            if ref_logprobs is not None and kl.in_reward:
                 earned = earned - (
                     kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
                 )

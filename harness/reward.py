@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from harness.algorithms.advantages import all_equal, group_statistics, last_tokens
+from harness.algorithms.advantages import all_equal, group_statistics, last_tokens, step_rewards
 from harness.algorithms.registry import part
 from harness.config import RewardModelConfig, RunConfig
 from harness.rollout.batch import Batch, stack_rows
@@ -37,13 +37,15 @@ class Rewards:
         return part
 
     def informative(self, group_ids: Tensor) -> Tensor:
-        """[B] whether outcomes or the means over steps differ in each one's group, by ``group_ids`` [B]."""
-        return self._differ(self.outcome, group_ids) | self._differ(self.steps.nan_to_num(), group_ids)
-
-    @staticmethod
-    def _differ(rewards: Tensor, group_ids: Tensor) -> Tensor:
-        _, std = group_statistics(rewards, group_ids)
-        return ~all_equal(rewards, std)
+        """[B] whether not all rewards are equal in each one's group, by ``group_ids`` [B]: of outcomes, before shaping;
+        where steps are judged, of all steps, as the algorithm is given them."""
+        if self.steps.isnan().all():
+            _, std = group_statistics(self.outcome, group_ids)
+            return ~all_equal(self.outcome, std)
+        rows, _, rewards = step_rewards(self.tokens, self.ends, torch.ones_like(self.tokens))
+        _, std = group_statistics(rewards, group_ids[rows])
+        differ = torch.zeros_like(self.outcome).index_add_(0, rows, (~all_equal(rewards, std)).float())
+        return differ > 0
 
 
 class Grader:

@@ -26,7 +26,9 @@ class Range:
 
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
+AboveOne = Annotated[float, Range(1, above=True)]
 Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
 Count = Annotated[int, Range(1)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from harness.algorithms.registry import PARTS, check_settings
 from harness.config import (
@@ -45,7 +46,7 @@ def check(run: RunConfig) -> RunConfig:
             "model.cold_start.task.worked_solution is null: name a writer of worked solutions",
         )
     _check_model(run)
-    _check_steps(run)
+    _check_token_credit(run)
     check_evaluation(run.evaluation)
     return run
 
@@ -194,7 +195,7 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
     _require(kl.estimator in ("k1", "k2", "k3"), f"algorithm.kl.estimator={kl.estimator}: choose k1, k2 or k3")
     _require(kl.placement in ("loss", "reward"), f"algorithm.kl.placement={kl.placement}: choose loss or reward")
     _require(
-        not kl.importance_weighted or (kl.placement == "loss" and not _trait(algorithm, "ratio", "sequence_level")),
+        not kl.importance_weighted or (kl.placement == "loss" and algorithm.ratio["name"] == "token"),
         "algorithm.kl.importance_weighted=true takes a penalty in the loss and an importance ratio of each token: set "
         "algorithm.kl.placement=loss and algorithm.ratio.name=token, or importance_weighted to false",
     )
@@ -293,22 +294,38 @@ def _check_task(task: TaskConfig, key: str) -> None:
 _WHOLE_SEQUENCE = {
     ("ratio", "sequence_level"): ("has one importance ratio for a whole sequence", "sequence_token"),
     ("surrogate", "sequence_level"): ("has one loss for a whole sequence", "clip"),
+    ("surrogate", "sequence_weight"): ("has one weight for a whole sequence, by the sign of its advantage", "clip"),
     ("advantage", "outcome_only"): ("has one advantage for a whole sequence", "group"),
 }
 
 
-def _check_steps(run: RunConfig) -> None:
-    """Decline rewards for steps where they would be spread over the whole sequence again."""
-    if run.task.step_verifier is None:
+def _token_credit(run: RunConfig) -> str | None:
+    """What gives the tokens of one completion different advantages; None where all of them have the same."""
+    algorithm = run.algorithm
+    if run.task.step_verifier is not None:
+        return f"the rewards for steps of task '{run.task.name}'"
+    if algorithm.critic is not None:
+        return "the critic"
+    if algorithm.kl.in_reward and _trait(algorithm, "advantage", "to_go"):
+        return "the KL penalty in the reward"
+    return None
+
+
+def _check_token_credit(run: RunConfig) -> None:
+    """Refuse advantages that differ along a sequence where they would be spread over all of it again."""
+    cause = _token_credit(run)
+    if cause is None:
         return
     for (kind, trait), (what, instead) in _WHOLE_SEQUENCE.items():
         if _trait(run.algorithm, kind, trait):
             key = f"algorithm.{kind}.name"
-            raise Declined(
-                f"{key}={getattr(run.algorithm, kind)['name']} {what}, so that advantages which differ along it, as "
-                f"with the rewards for steps of task '{run.task.name}', cannot tell its tokens apart: use "
-                f"{key}={instead}, or task.step_verifier=null"
+            message = (
+                f"{key}={getattr(run.algorithm, kind)['name']} {what}, in which {cause} would tell its tokens apart in "
+                f"vain: use {key}={instead}"
             )
+            if run.task.step_verifier is not None:
+                raise Declined(f"{message}, or task.step_verifier=null")
+            raise ConfigError(message)
 
 
 def _check_model(run: RunConfig) -> None:
@@ -357,15 +374,18 @@ def check_positions(task: TaskConfig, room: int | None, model: str) -> None:
 
 def is_moe(model: ModelConfig) -> bool:
     """Whether the model routes tokens to experts, read from its configuration alone."""
-    if model.architecture is not None:
-        fields = model.architecture
-    else:
-        from transformers import AutoConfig
-
-        assert model.path is not None
-
-        try:
-            fields = AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={model.path}: {' '.join(str(error).split())}") from error
+    fields = architecture(model)
     return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a model's transformers configuration: those that were given, or all that its checkpoint has."""
+    if model.architecture is not None:
+        return model.architecture
+    from transformers import AutoConfig
+
+    assert model.path is not None
+    try:
+        return AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={model.path}: {' '.join(str(error).split())}") from error

@@ -74,6 +74,33 @@ from harness.errors import ConfigError
             ["algorithm=gspo", "algorithm.kl.importance_weighted=true"],
             r"importance_weighted=true .* ratio of each token",
         ),
+        (
+            ["algorithm=gspo_token", "algorithm.kl.importance_weighted=true"],
+            r"importance_weighted=true .* set .* algorithm\.ratio\.name=token",
+        ),
+        (
+            ["algorithm=ppo", "algorithm.ratio.name=sequence"],
+            r"ratio\.name=sequence has one importance ratio .* the critic .* use algorithm\.ratio\.name=sequence_token$",
+        ),
+        (
+            ["algorithm=ppo", "algorithm.surrogate.name=geometric_mean"],
+            r"surrogate\.name=geometric_mean has one loss .* the critic .* use algorithm\.surrogate\.name=clip$",
+        ),
+        (
+            [
+                "algorithm=reinforce_plus_plus",
+                "algorithm.ratio.name=sequence",
+                "algorithm.kl.coefficient=0.1",
+                "algorithm.kl.placement=reward",
+            ],
+            r"ratio\.name=sequence has one importance ratio .* the KL penalty in the reward would",
+        ),
+        (["algorithm=dual_clip_ppo", "algorithm.surrogate.bound=0.5"], r"surrogate\.bound=0\.5: expected .* above 1"),
+        (["algorithm=kl_cov", "algorithm.selection.fraction=0"], r"selection\.fraction=0: .* above 0 and at most 1"),
+        (
+            ["algorithm=reinforce_plus_plus_baseline", "algorithm.completions_per_prompt=1"],
+            r"completions_per_prompt=1: .* at least 2",
+        ),
         (["algorithm=gmpo", "algorithm.minibatches=1"], r"the surrogate 'geometric_mean' never clips; use at least 2"),
         (["algorithm=rloo", "algorithm.completions_per_prompt=1"], r"completions_per_prompt=1: .* at least 2"),
         (["algorithm.kl.estimator=k4"], r"algorithm\.kl\.estimator=k4: choose k1, k2 or k3"),

@@ -259,6 +259,10 @@ def test_trl_scales_rewards_to_leave_one_out_advantages():
     ("overrides", "key"),
     [
         (["algorithm.old_logprobs=rollout"], "algorithm.old_logprobs=rollout"),
+        (
+            ["algorithm=vespo", "algorithm.kl.coefficient=0.1", "algorithm.kl.importance_weighted=true"],
+            "algorithm.kl.importance_weighted=True",
+        ),
         (["algorithm.kl.coefficient=0.1", "algorithm.kl.placement=reward"], "algorithm.kl.placement=reward"),
         (["algorithm.kl.coefficient=0.1", "algorithm.kl.estimator=k2"], "algorithm.kl.estimator=k2"),
         (
@@ -286,6 +290,10 @@ def test_settings_of_a_penalty_that_is_off_do_not_matter():
 def test_trl_adds_no_load_balancing_loss_to_a_mixture_of_experts():
     assert yaml.safe_load(trl.export(run_of("grpo")))["router_aux_loss_coef"] == 0
     assert "router_aux_loss_coef" not in yaml.safe_load(trl.export(compose(["algorithm=grpo"])))
+
+
+def test_dropout_is_off_in_trl_as_it_is_here():
+    assert yaml.safe_load(trl.export(run_of("grpo")))["disable_dropout"] is True
 
 
 # --- verl ------------------------------------------------------------------------------------------------------------
@@ -546,7 +554,6 @@ def test_verl_samples_again_and_shapes_overlong_completions():
         ),
         ("intellect3", ["algorithm.surrogate.lower=0.0"], "algorithm.surrogate.lower=0.0"),
         ("ppo", ["algorithm.advantage.whiten=false"], "algorithm.advantage.whiten=False"),
-        ("ppo", ["algorithm.ratio.name=sequence"], "algorithm.ratio.name=sequence"),
         (
             "gspo",
             [
@@ -572,6 +579,15 @@ def test_verl_starts_policy_and_critic_from_the_runs_model(tmp_path):
     run = compose(["algorithm=ppo", "model=huggingface", f"model.path={tmp_path}"])
     config = verl_config(run)
     assert config.actor_rollout_ref.model.path == config.critic.model.path == str(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_dropout_of_the_models_configuration_is_off_in_verl(tmp_path, algorithm):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 128, "embd_pdrop": 0.0}')
+    config = verl_config(compose([f"algorithm={algorithm}", "model=huggingface", f"model.path={tmp_path}"]))
+    off = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+    assert config.actor_rollout_ref.model.override_config == off
+    assert config.critic.model.override_config == (off if algorithm == "ppo" else {})
 
 
 def test_verl_averages_the_entropy_over_tokens_where_the_loss_is():

@@ -164,6 +164,8 @@ def test_token_level_algorithms_train_on_steps(results, characters, algorithm):
         ("gspo", r"algorithm\.ratio\.name=sequence has one importance ratio .*=sequence_token, or task\.step_verifier"),
         ("gmpo", r"algorithm\.surrogate\.name=geometric_mean has one loss .*'chain_sum_steps'"),
         ("rloo", r"algorithm\.advantage\.name=leave_one_out has one advantage .* use .*=group"),
+        ("vespo", r"algorithm\.surrogate\.name=vespo has one weight .* use .*=clip"),
+        ("topr", r"algorithm\.surrogate\.name=taper has one weight .* use .*=clip"),
     ],
 )
 def test_algorithms_that_take_a_sequence_as_one_decline_steps(algorithm, message):

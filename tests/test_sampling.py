@@ -46,8 +46,13 @@ def test_a_group_is_informative_where_outcomes_differ():
 
 
 def test_a_group_is_informative_where_rewards_of_steps_differ():
-    outcome, steps = torch.ones(6), torch.tensor([0.5, 1.0, 0.5, 0.5, torch.nan, torch.nan])
-    rewards = Rewards(outcome.unsqueeze(1), torch.ones(6, 1).bool(), outcome, outcome, steps)
+    """Also where each completion has as many right ones as the others of its group."""
+    tokens = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0, 1, 0], [0, 1, 0]])
+    ends = torch.ones(6, 3).bool()
+    ends[4:, 0] = ends[4:, 2] = False  # the outcome is all that was judged
+    ends[4:, 1] = True
+    outcome, steps = tokens[:, 2], torch.tensor([0.5, 0.5, 1.0, 1.0, torch.nan, torch.nan])
+    rewards = Rewards(tokens, ends, outcome, outcome, steps)
     assert rewards.informative(torch.tensor([0, 0, 1, 1, 2, 2])).tolist() == [True, True, False, False, False, False]
 
 

@@ -7,7 +7,8 @@ an outcome reward is one step that ends with the completion), ``group_ids`` [B] 
 ``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T]; ``returns`` [B, T] is the critic's target, None
 where there is no critic.
 
-Traits: ``needs_critic``, ``needs_group`` (several completions a prompt), ``outcome_only`` (one advantage a completion).
+Traits: ``needs_critic``, ``needs_group`` (several completions a prompt), ``outcome_only`` (one advantage a completion),
+``to_go`` (a token's advantage depends on what is earned from it on).
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -96,11 +97,11 @@ def group(
     """
     rows, columns, steps = step_rewards(rewards, ends, mask)
     mean, std = group_statistics(steps, group_ids[rows])
-    advantages = steps - mean
+    # Rounding in the mean leaves about 1e-8 where all rewards are equal, which a tiny std would blow up.
+    advantages = (steps - mean).masked_fill(all_equal(steps, std), 0.0)
     if scale != "none":
         divisor = std if scale == "std" else group_statistics(steps, torch.zeros_like(rows))[1]
-        # Rounding in the mean leaves about 1e-8 where all rewards are equal, which a tiny std would blow up.
-        advantages = (advantages / (divisor + epsilon)).masked_fill(all_equal(steps, std), 0.0)
+        advantages = advantages / (divisor + epsilon)
     placed = torch.zeros_like(mask).index_put((rows, columns), advantages)
     return to_go(placed) * mask, None
 
@@ -111,9 +112,10 @@ def leave_one_out(
 ) -> tuple[Tensor, None]:
     """The reward minus the mean of the other completions of the group (RLOO, arXiv 2402.14740)."""
     outcomes = outcome_rewards(rewards, mask)
-    mean, _ = group_statistics(outcomes, group_ids)
+    mean, std = group_statistics(outcomes, group_ids)
     size = group_sums(torch.ones_like(outcomes), group_ids)
-    return spread(size / (size - 1).clamp(min=1) * (outcomes - mean), mask), None
+    advantages = size / (size - 1).clamp(min=1) * (outcomes - mean)
+    return spread(advantages.masked_fill(all_equal(outcomes, std), 0.0), mask), None
 
 
 @register("advantage", "optimal_baseline", needs_group=True, outcome_only=True)
@@ -125,7 +127,8 @@ def optimal_baseline(
     outcomes, lengths = outcome_rewards(rewards, mask), mask.sum(1)
     baseline = group_sums(lengths * outcomes, group_ids) / group_sums(lengths, group_ids).clamp(min=1)
     baseline = baseline.masked_fill(group_sums(torch.ones_like(outcomes), group_ids) == 1, 0.0)
-    return spread(outcomes - baseline, mask), None
+    _, std = group_statistics(outcomes, group_ids)
+    return spread((outcomes - baseline).masked_fill(all_equal(outcomes, std), 0.0), mask), None
 
 
 @register("advantage", "active_group", needs_group=True, outcome_only=True)
@@ -140,28 +143,25 @@ def active_group(
     return spread(active * (outcomes - mean) * (len(outcomes) / active.sum().clamp(min=1)), mask), None
 
 
-@register("advantage", "whitened_return")
+@register("advantage", "whitened_return", to_go=True)
 def whitened_return(
-    rewards: Tensor,
-    ends: Tensor,
-    group_ids: Tensor,
-    mask: Tensor,
-    values: Tensor | None,
-    *,
-    baseline: Literal["none", "group"],
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
 ) -> tuple[Tensor, None]:
-    """The return from each token on, whitened over the rollout batch's valid tokens (REINFORCE++, arXiv 2501.03262).
-
-    ``baseline: group`` first subtracts the mean of the group (REINFORCE++-baseline).
-    """
-    if baseline == "group":
-        returns, _ = group(rewards, ends, group_ids, mask, values, scale="none", epsilon=0.0)
-    else:
-        returns = to_go(rewards * mask) * mask
-    return whitened(returns, mask), None
+    """The return from each token on, whitened over the rollout batch's valid tokens (REINFORCE++, arXiv 2501.03262)."""
+    return whitened(to_go(rewards * mask), mask), None
 
 
-@register("advantage", "reward")
+@register("advantage", "whitened_group", needs_group=True)
+def whitened_group(
+    rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
+) -> tuple[Tensor, None]:
+    """Rewards less the mean of the group's, whitened over the rollout batch's valid tokens (REINFORCE++-baseline, arXiv
+    2501.03262)."""
+    centred, _ = group(rewards, ends, group_ids, mask, values, scale="none", epsilon=0.0)
+    return whitened(centred, mask), None
+
+
+@register("advantage", "reward", to_go=True)
 def reward(
     rewards: Tensor, ends: Tensor, group_ids: Tensor, mask: Tensor, values: Tensor | None
 ) -> tuple[Tensor, None]:

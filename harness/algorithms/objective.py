@@ -9,8 +9,9 @@ All tensors are [B, T] float32: B sequences, T completion positions, ``mask`` 1 
 
 A masked position may hold anything; ratios and surrogates are given zeros there.
 
-Traits: ``sequence_level`` (one ratio or loss a sequence), ``clips`` (a surrogate whose clipping removes gradients, so
-that one optimizer step a batch never shows it), ``needs_selection``.
+Traits: ``sequence_level`` (one ratio or loss a sequence), ``sequence_weight`` (one weight a sequence, by the sign of
+its advantage), ``clips`` (a surrogate whose clipping removes gradients, so that one optimizer step a batch never shows
+it), ``needs_selection``.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

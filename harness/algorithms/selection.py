@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.algorithms.registry import register
-from harness.typed_values import Share
+from harness.typed_values import PositiveShare
 
 
 @register("selection", "none")
@@ -25,7 +25,7 @@ def high_covariance(
     old_logprobs: Tensor,
     mask: Tensor,
     *,
-    fraction: Share,
+    fraction: PositiveShare,
     low: float | None,
     high: float | None,
     pick: Literal["random", "largest"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.algorithms.divergence import LOG_RATIO_BOUND
 from harness.algorithms.objective import Elements, Surrogate
 from harness.algorithms.registry import register
-from harness.typed_values import NotNegative, Positive
+from harness.typed_values import AboveOne, NotNegative, Positive
 
 _ROUNDING = 1e-5  # nats: by so much log-probabilities of the same weights may differ in float32
 
@@ -35,7 +35,7 @@ def clip(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative) -
 
 
 @register("surrogate", "dual_clip", clips=True)
-def dual_clip(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative, bound: Positive) -> Surrogate:
+def dual_clip(elements: Elements, *, clip_low: NotNegative, clip_high: NotNegative, bound: AboveOne) -> Surrogate:
     """As ``clip``, and where A < 0 at most -bound A, so that no huge ratio rules a batch (arXiv 1912.09729, eq. 5)."""
     loss, low, high, outside = clip(elements, clip_low=clip_low, clip_high=clip_high)
     capped = (elements.advantages < 0) & (elements.ratio > bound)
@@ -122,7 +122,7 @@ def geometric_mean(elements: Elements, *, clip_low: NotNegative, clip_high: NotN
     return Surrogate(-mean.exp() * advantages, low, high, (log_ratio < -clip_low) | (log_ratio > clip_high))
 
 
-@register("surrogate", "vespo", sequence_level=True)
+@register("surrogate", "vespo", sequence_weight=True)
 def vespo(
     elements: Elements,
     *,
@@ -141,7 +141,7 @@ def vespo(
     return _unclipped(-weight * advantages * elements.logprobs)
 
 
-@register("surrogate", "taper", sequence_level=True)
+@register("surrogate", "taper", sequence_weight=True)
 def taper(elements: Elements, *, cap: Positive) -> Surrogate:
     """-A l where A >= 0, and -sg[min(W, cap)] A l where A < 0, with W the product of the sequence's token ratios: a
     sequence to unlearn counts less the less likely it has become (TOPR, arXiv 2503.14286)."""

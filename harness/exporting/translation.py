@@ -75,18 +75,6 @@ def refuse_steps(run: RunConfig) -> None:
         raise NoEqual("task.step_verifier", "its rewards are one number a completion; set it to null")
 
 
-def constant_advantages(run: RunConfig) -> bool:
-    """Whether all tokens of a completion have the same advantage, where the task rewards whole completions."""
-    advantage = run.algorithm.advantage
-    to_go = advantage["name"] == "reward" or advantage.get("baseline") == "none"
-    return advantage["name"] != "gae" and not (to_go and kl_in_reward(run))
-
-
-def kl_in_reward(run: RunConfig) -> bool:
-    """Whether each token's reward is lowered by its KL penalty."""
-    return run.algorithm.kl.coefficient > 0 and run.algorithm.kl.placement == "reward"
-
-
 def steps_per_batch(run: RunConfig) -> int:
     """Optimizer steps that follow one rollout batch."""
     return run.algorithm.epochs * run.algorithm.minibatches

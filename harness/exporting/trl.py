@@ -206,6 +206,8 @@ def _kl(run: RunConfig, differs: list[str]) -> dict[str, Any]:
         raise NoEqual("algorithm.kl.estimator", "the penalty is estimated by k3")
     if kl.importance_weighted and _own_trainer(run):
         raise NoEqual("algorithm.kl.importance_weighted", "GMPOTrainer has the plain penalty")
+    if kl.importance_weighted and run.algorithm.old_logprobs == "rollout":
+        raise NoEqual("algorithm.kl.importance_weighted", "its ratio is to the trainer's own old log-probabilities")
     return {"beta": kl.coefficient, "use_bias_correction_kl": kl.importance_weighted}
 
 
@@ -252,6 +254,10 @@ def _experts(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     return {"router_aux_loss_coef": 0.0} if is_moe(run.model) else {}
 
 
+def _dropout(run: RunConfig, differs: list[str]) -> dict[str, Any]:
+    return {"disable_dropout": True}
+
+
 def _optimizer(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     optimizer = run.algorithm.optimizer
     if optimizer.warmup_updates:
@@ -282,5 +288,6 @@ _TRANSLATORS = (
     _entropy,
     _mismatch,
     _experts,
+    _dropout,
     _optimizer,
 )

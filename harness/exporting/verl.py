@@ -6,7 +6,6 @@ from typing import Any
 from harness.config import RunConfig
 from harness.exporting.translation import (
     NoEqual,
-    kl_in_reward,
     lookup,
     micro_batch,
     page,
@@ -16,6 +15,7 @@ from harness.exporting.translation import (
     translate,
 )
 from harness.exporting.verl_objective import ACTOR, ROLLOUT, aggregation, entropy, kl, loss, mismatch, selection
+from harness.validation import architecture
 
 
 def export(run: RunConfig) -> str:
@@ -78,7 +78,17 @@ def _batch(run: RunConfig, differs: list[str]) -> dict[str, Any]:
 
 
 def _model(run: RunConfig, differs: list[str]) -> dict[str, Any]:
-    return {"actor_rollout_ref.model.path": run.model.path} if run.model.path else {}
+    """The checkpoint, whose dropout would be on while it learns, as it never is here."""
+    if run.model.path is None:
+        return {}
+    fields = architecture(run.model).items()
+    dropout = {name: 0.0 for name, value in fields if "drop" in name and isinstance(value, float) and value > 0}
+    settings: dict[str, Any] = {}
+    for network in ("actor_rollout_ref.model", *(["critic.model"] if run.algorithm.critic else [])):
+        settings[f"{network}.path"] = run.model.path
+        if dropout:
+            settings[f"{network}.override_config"] = dropout
+    return settings
 
 
 def _reward(run: RunConfig, differs: list[str]) -> dict[str, Any]:
@@ -120,13 +130,8 @@ def _group(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     return {"algorithm.adv_estimator": "grpo", "algorithm.norm_adv_by_std_in_grpo": advantage["scale"] == "std"}
 
 
-def _whitened_return(run: RunConfig, differs: list[str]) -> dict[str, Any]:
-    estimator = {"none": "reinforce_plus_plus", "group": "reinforce_plus_plus_baseline"}
-    return {"algorithm.adv_estimator": estimator[run.algorithm.advantage["baseline"]], "algorithm.gamma": 1.0}
-
-
 def _return(run: RunConfig, differs: list[str]) -> dict[str, Any]:
-    if run.algorithm.completions_per_prompt > 1 or kl_in_reward(run):
+    if run.algorithm.completions_per_prompt > 1 or run.algorithm.kl.in_reward:
         raise NoEqual(
             "algorithm.advantage.name",
             "the reward itself is the advantage only of a group of one, without a KL penalty in it; set "
@@ -140,12 +145,10 @@ def _gae(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     assert critic is not None  # validated
     if not advantage["whiten"]:
         raise NoEqual("algorithm.advantage.whiten", "advantages from a critic are always whitened")
-    path = {"critic.model.path": run.model.path} if run.model.path else {}
     return {
         "algorithm.adv_estimator": "gae",
         "algorithm.gamma": advantage["gamma"],
         "algorithm.lam": advantage["lam"],
-        **path,
         "critic.cliprange_value": critic.value_clip,
         "critic.loss_agg_mode": "token-mean",
         "critic.ppo_micro_batch_size_per_gpu": micro_batch(run),
@@ -165,7 +168,8 @@ _ADVANTAGES = {
     "group": _group,
     "leave_one_out": lambda run, differs: {"algorithm.adv_estimator": "rloo"},
     "optimal_baseline": lambda run, differs: {"algorithm.adv_estimator": "opo"},
-    "whitened_return": _whitened_return,
+    "whitened_return": lambda run, differs: {"algorithm.adv_estimator": "reinforce_plus_plus", "algorithm.gamma": 1.0},
+    "whitened_group": lambda run, differs: {"algorithm.adv_estimator": "reinforce_plus_plus_baseline"},
     "reward": _return,
     "gae": _gae,
 }

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from harness.config import RunConfig
-from harness.exporting.translation import NoEqual, constant_advantages, kl_in_reward, lookup, minibatch, renamed
+from harness.exporting.translation import NoEqual, lookup, minibatch, renamed
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _LOSS = f"{ACTOR}.policy_loss"
@@ -98,17 +98,11 @@ def _ratio_mask(run: RunConfig) -> dict[str, Any]:
 
 def _check_sequence_token(run: RunConfig, differs: list[str]) -> None:
     """Its sequence ratio carries each token's own gradient (GSPO-token)."""
-    same_where = "its ratio of the sequence has each token's own gradient, which is the same only where"
-    if not constant_advantages(run):
-        raise NoEqual(
-            "algorithm.ratio.name",
-            f"{same_where} all tokens of a completion have one advantage; set algorithm.ratio.name=sequence_token",
-        )
     if run.algorithm.correction.get("level") == "token":
         raise NoEqual(
             "algorithm.ratio.name",
-            f"{same_where} tokens are not weighed one by one; set algorithm.correction.level=sequence or "
-            "algorithm.ratio.name=sequence_token",
+            "its ratio of the sequence has each token's own gradient, which is the same only where tokens are not "
+            "weighed one by one; set algorithm.correction.level=sequence or algorithm.ratio.name=sequence_token",
         )
     differs.append(
         "the ratio of the sequence has each token's own gradient (GSPO-token); all tokens of a completion have one "
@@ -156,14 +150,14 @@ def kl(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     """The penalty towards the reference policy."""
     penalty = run.algorithm.kl
     in_loss = penalty.coefficient > 0 and penalty.placement == "loss"
-    settings: dict[str, Any] = {f"{ACTOR}.use_kl_loss": in_loss, "algorithm.use_kl_in_reward": kl_in_reward(run)}
+    settings: dict[str, Any] = {f"{ACTOR}.use_kl_loss": in_loss, "algorithm.use_kl_in_reward": penalty.in_reward}
     if penalty.coefficient > 0 and penalty.estimator == "k3":
         differs.append("a token's KL estimate is at most 10 nats")
     if in_loss and penalty.importance_weighted:
         raise NoEqual("algorithm.kl.importance_weighted", "the penalty is not multiplied by a ratio; set it to false")
     if in_loss:
         settings |= {f"{ACTOR}.kl_loss_type": _KL[penalty.estimator], f"{ACTOR}.kl_loss_coef": penalty.coefficient}
-    if kl_in_reward(run):
+    if penalty.in_reward:
         settings |= {
             "algorithm.kl_penalty": _KL[penalty.estimator],
             "algorithm.kl_ctrl.type": "fixed",

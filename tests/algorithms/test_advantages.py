@@ -177,7 +177,7 @@ def test_the_reward_itself_is_the_return_from_each_token_on():
 def test_whitened_returns_are_whitened_over_tokens_of_the_batch():
     # Valid returns 1, 1, 1, 0, 2, 2, 0, 0: mean 7/8, squares 11 - 49/8.
     rewards = torch.tensor([1.0, 0.0, 2.0, 0.0])
-    advantages = per_completion({"name": "whitened_return", "baseline": "none"}, rewards, RAGGED, PAIRS)
+    advantages = per_completion({"name": "whitened_return"}, rewards, RAGGED, PAIRS)
     std = ((11 - 49 / 8) / 7) ** 0.5
     assert advantages == pytest.approx([(1 - 7 / 8) / std, -7 / 8 / std, (2 - 7 / 8) / std, -7 / 8 / std], rel=1e-5)
 
@@ -185,7 +185,7 @@ def test_whitened_returns_are_whitened_over_tokens_of_the_batch():
 def test_whitened_returns_above_the_groups_mean():
     # Above the group's mean: 0.5, 0.5, 0.5, -0.5, 1, 1, -1, -1: mean 1/8, squares 5 - 1/8.
     rewards = torch.tensor([1.0, 0.0, 2.0, 0.0])
-    advantages = per_completion({"name": "whitened_return", "baseline": "group"}, rewards, RAGGED, PAIRS)
+    advantages = per_completion({"name": "whitened_group"}, rewards, RAGGED, PAIRS)
     std = ((5 - 1 / 8) / 7) ** 0.5
     assert advantages == pytest.approx([(value - 1 / 8) / std for value in (0.5, -0.5, 1.0, -1.0)], rel=1e-5)
 
