@@ -80,7 +80,7 @@ from harness.errors import ConfigError
         ),
         (
             ["algorithm=ppo", "algorithm.ratio.name=sequence"],
-            r"ratio\.name=sequence has one importance ratio .* the critic .* use algorithm\.ratio\.name=sequence_token$",
+            r"ratio\.name=sequence has one .* the critic .*: use algorithm\.ratio\.name=sequence_token$",
         ),
         (
             ["algorithm=ppo", "algorithm.surrogate.name=geometric_mean"],
