@@ -55,12 +55,8 @@ CASES = {
     "verl-leave_one_out": Case({"name": "leave_one_out"}, verl("rloo")),
     "trl-leave_one_out": Case({"name": "leave_one_out"}, trl("RLOO", beta=0.0), even=True),
     "verl-optimal_baseline": Case({"name": "optimal_baseline"}, verl("opo")),
-    "verl-whitened_return": Case(
-        {"name": "whitened_return"}, verl("reinforce_plus_plus", config=GAMMA), dense=True
-    ),
-    "verl-whitened_group": Case(
-        {"name": "whitened_group"}, verl("reinforce_plus_plus_baseline")
-    ),
+    "verl-whitened_return": Case({"name": "whitened_return"}, verl("reinforce_plus_plus", config=GAMMA), dense=True),
+    "verl-whitened_group": Case({"name": "whitened_group"}, verl("reinforce_plus_plus_baseline")),
     "verl-gae": Case(
         {"name": "gae", "gamma": 0.97, "lam": 0.9, "whiten": True}, verl("gae", gamma=0.97, lam=0.9), True
     ),
