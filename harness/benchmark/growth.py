@@ -14,7 +14,7 @@ from harness.benchmark.table import Cell, Options, Table, at_most
 from harness.benchmark.training import run_config
 from harness.benchmark.worker import workers
 from harness.policy.flops import BACKWARD, policy_cost
-from harness.policy.loading import build_model
+from harness.policy.loading import build_model, prepare_layers
 from harness.policy.tokenizer import build_tokenizer
 from harness.rollout.batch import Batch, join
 from harness.update import PolicyUpdater, Targets
@@ -62,6 +62,7 @@ class Updates:
         self.config = run_config("tiny_dense", sizes, f"model.architecture.max_position_embeddings={longest}")
         assert self.config.model.architecture is not None
         policy = build_model(self.config.model.architecture, build_tokenizer(), seed=0).eval()
+        prepare_layers(policy, "cpu")  # as those of a run
         self.cost, self.updater = policy_cost(policy), PolicyUpdater(policy, self.config, nullcontext)
         self.batches = {point.name: random_batch(point) for point in points(sizes)}
         self()

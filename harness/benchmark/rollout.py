@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from harness.benchmark.measure import Spread, interleave
 from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.benchmark.table import Cell, Options, Table, tokens_row
-from harness.benchmark.training import LENGTHS, MODELS, run_config
+from harness.benchmark.training import LENGTHS, MODELS, plain_policy, run_config
 from harness.benchmark.worker import workers
 from harness.policy.loading import load_policy
 from harness.rollout.embedded import EmbeddedEngine
@@ -50,11 +50,11 @@ class OurRollout:
 
 
 class Generate:
-    """transformers' own sampling loop."""
+    """transformers' own sampling loop, on transformers' own layers."""
 
     def __init__(self, model: str, lengths: str, sizes: Sizes, logprobs: bool) -> None:
         config = run_config(model, sizes)
-        self.policy, tokenizer = load_policy(config.model, "cpu")
+        self.policy, tokenizer = plain_policy(config.model)
         problems = PromptStream(config.task, config.seed, "train").take(config.prompts_per_batch)
         self.inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
         self.eos = NO_TOKEN if lengths == "fixed" else tokenizer.eos_token_id

@@ -5,9 +5,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.cell import prepare
-from harness.config import RunConfig, compose
+from harness.config import ModelConfig, RunConfig, compose
+from harness.policy.cold_start import cold_start_dir
 from harness.runs.loggers import open_loggers
 from harness.torch_setup import set_up_torch
 from harness.trainer import Trainer
@@ -37,6 +41,15 @@ def run_config(model: str, sizes: Sizes, *overrides: str) -> RunConfig:
             *overrides,
         ]
     )
+
+
+def plain_policy(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An embedded model with the weights of a run and transformers' own layers, and its tokenizer."""
+    path = cold_start_dir(config)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if config.experts_implementation:
+        policy.set_experts_implementation(config.experts_implementation)
+    return policy.eval(), AutoTokenizer.from_pretrained(path, padding_side="left")
 
 
 class WholeSteps:

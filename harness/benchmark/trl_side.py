@@ -5,13 +5,12 @@ import time
 
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from harness.benchmark.sizes import NO_TOKEN, Sizes
-from harness.benchmark.training import MINIBATCHES, run_config
+from harness.benchmark.training import MINIBATCHES, plain_policy, run_config
 from harness.exporting.trl import export
-from harness.policy.cold_start import cold_start_dir
 from harness.tasks import VERIFIERS, PromptStream
 
 
@@ -27,10 +26,7 @@ class TrlSteps:
         self.sizes = sizes
         self.folder = tempfile.TemporaryDirectory()  # gone with this object
         config = run_config(model, sizes)
-        path = cold_start_dir(config.model)
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-        if config.model.experts_implementation:
-            policy.set_experts_implementation(config.model.experts_implementation)
+        policy, tokenizer = plain_policy(config.model)
         problems = PromptStream(config.task, config.seed, "train").take(config.prompts_per_batch * (1 + sizes.batches))
         verify = VERIFIERS[config.task.verifier]
         self.clock = _Clock()
@@ -42,7 +38,7 @@ class TrlSteps:
         self.trainer = GRPOTrainer(
             model=policy,
             reward_funcs=reward,
-            processing_class=AutoTokenizer.from_pretrained(path),
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"prompt": p.prompt, "problem": i} for i, p in enumerate(problems)]),
             callbacks=[self.clock],
             args=GRPOConfig(

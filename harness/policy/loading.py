@@ -46,19 +46,27 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
     _check_head(model, path)
+    if config.activation_checkpointing:
+        _checkpoint_activations(model, path)
+    prepare_layers(model, device)
+    # Dropout would make the old policy's log-probabilities a different draw from the new one's.
+    return model.eval(), tokenizer
+
+
+def prepare_layers(model: PreTrainedModel, device: str) -> None:
+    """Let the layers of a model compute in the ways that are fastest on the device, and move it there.
+
+    Numbers change by rounding alone: what a layer is replaced by is tried against it.
+    """
     if device == "cpu" and favours_onednn():
         use_onednn(model)
     fuse_normalization(model)
     drop_padding(model)
-    if config.activation_checkpointing:
-        _checkpoint_activations(model, path)
-    # Dropout would make the old policy's log-probabilities a different draw from the new one's.
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)
     else:
         use_closed_form(model)
-    return model.eval(), tokenizer
 
 
 @torch.no_grad()

@@ -73,7 +73,17 @@ class Packing:
 
 @dataclass
 class _Layout:
-    """Which of the N tokens are where in B x L rows."""
+    """Which of the N tokens are where in B x L rows.
+
+    Two completions xyz and uv of one prompt pq make the rows "p q x y" and "p q u .". With the first filling token:
+
+        tokens     p q x y u .
+        own        0 1 2 3 6 0
+        rows       0 1 2 3   0 1 4 5
+        owner      0 1 2 3   5 5 4 5
+        positions  0 4   1 5   2   3   6
+        starts     0 2 4 5 6 7
+    """
 
     rows: Tensor  # [B x L] of each position the token, the first filling one where there is none
     own: Tensor  # [N] of each token the position, of a prompt's the first that it has; of filling ones any

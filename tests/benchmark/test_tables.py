@@ -15,7 +15,9 @@ from harness.benchmark.synthetic import write_sweep
 from harness.benchmark.table import Options
 from harness.benchmark.training import WholeSteps, run_config
 from harness.errors import ConfigError
+from harness.policy.attention import is_padding_free
 from harness.policy.logprobs import token_logprobs
+from harness.policy.normalization import RMSNorm
 from harness.runs import load_evaluations, load_runs
 from harness.runs.reading import load_cells
 
@@ -101,6 +103,16 @@ def test_generate_does_the_same_work_as_our_rollout(logprobs):
     assert len(ours.prompts) * ours.group_size == TINY.completions
     rows = theirs.inputs["input_ids"].tolist()
     assert [[token for token in row if token != 0] for row in rows] == ours.prompts
+
+
+def test_generate_runs_on_layers_of_transformers_and_our_sides_on_our_own():
+    plain, ours = rollout.Generate("tiny_moe", "fixed", TINY, False).policy, WholeSteps("tiny_moe", "fixed", TINY)
+    assert not any(type(module).__module__.startswith("harness.") for module in plain.modules())
+    assert plain.config._attn_implementation == plain.base_model.config._attn_implementation == "sdpa"
+    assert plain.config._experts_implementation == "grouped_mm"
+    for policy in (ours.trainer.policy, growth.Updates(TINY).updater.policy):
+        assert is_padding_free(policy.base_model)
+        assert any(isinstance(module, RMSNorm) for module in policy.modules())
 
 
 def test_generate_counts_tokens_to_the_end_of_each_completion():
@@ -216,10 +228,11 @@ def record(started, finished, seconds, status="done"):
     return {"status": status, "started": started, "finished": finished, "budget": {"spent": spent}}
 
 
-def test_sweep_is_held_against_half_of_what_was_charged(tmp_path):
+def test_sweep_is_held_against_what_was_charged_by_how_many_ran_at_once(tmp_path):
     records = {
         "a": record("2026-01-01T00:00:10+00:00", "2026-01-01T00:01:00+00:00", 40.0),
-        "b": record("2026-01-01T00:00:12+00:00", "2026-01-01T00:01:40+00:00", 60.0),
+        "b": record("2026-01-01T00:00:12+00:00", "2026-01-01T00:01:40+00:00", 30.0),
+        "d": record("2026-01-01T00:01:00+00:00", "2026-01-01T00:01:31+00:00", 30.0),  # once the first one has ended
         "c": {"status": "skipped", "budget": {"axis": "flops", "limit": 1.0}},
     }
     for name, content in records.items():
@@ -231,9 +244,10 @@ def test_sweep_is_held_against_half_of_what_was_charged(tmp_path):
     os.utime(plan, (planned, planned))
     (table,) = sweep.tables(dataclasses.replace(OPTIONS, sweep=tmp_path))
     assert table.rows[0] == {
-        "cells": 2,
+        "cells": 3,
+        "at once": 2,
         "wall clock, s": 95.0,
-        "charged / 2, s": 50.0,
+        "charged / at once, s": 50.0,
         "ratio": 1.9,
         "goal": "at most 1.25",
         "reached": "no",
