@@ -33,6 +33,9 @@ from harness.validation import check_positions
 # Policy, optimizer moments and the new checkpoint beside the old one, with room to spare.
 _CHECKPOINT_COPIES = 12
 
+# Of a generator's prompts, those that are held against the limit of their length before anything is sampled.
+_FIRST_PROMPTS = 256
+
 # Seconds between two notes in run.json of how far the run is, for those who watch; metrics.jsonl has every step.
 _PROGRESS = 1.0
 
@@ -80,7 +83,8 @@ class Trainer:
             uncharged=self.meter.paused,
         )
         self.prompts = PromptStream(config.task, config.seed, "train")
-        self._prompt_tokens(self.prompts.known)  # one that is too long is found now, not when its turn comes
+        # One that is too long is found now, not when its turn comes; of prompts that are generated, among the first.
+        self._prompt_tokens(self.prompts.known or PromptStream(config.task, config.seed, "train").take(_FIRST_PROMPTS))
         self.grader = Grader(config, self.tokenizer)
         self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
@@ -176,7 +180,7 @@ class Trainer:
             if len(prompt) > self.config.task.max_prompt_tokens:
                 raise ConfigError(
                     f"task.max_prompt_tokens={self.config.task.max_prompt_tokens}: a prompt has {len(prompt)} tokens; "
-                    f"raise the limit, or leave this prompt out of the data: {problem.prompt[:80]!r}"
+                    f"raise the limit, or see to it that the data have none so long: {problem.prompt[:80]!r}"
                 )
         return prompts
 

@@ -75,8 +75,8 @@ def _import_plugin(plugin: str) -> None:
         import_module(plugin)
     except ImportError as error:
         raise ConfigError(f"plugins: cannot import {plugin} ({error}); is its folder on PYTHONPATH?") from error
-    except ValueError as error:  # of a part that cannot be registered
-        raise ConfigError(f"plugins: {plugin}: {error}") from error
+    except Exception as error:  # of a part that cannot be registered, or whatever its code does
+        raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
 
 
 def _check_budget(budget: BudgetConfig) -> None:
@@ -346,8 +346,7 @@ def _check_model(run: RunConfig) -> None:
         model.path is None or not Path(model.path).is_dir() or (Path(model.path) / "config.json").exists(),
         f"model.path={model.path}: that folder has no config.json; give a Hugging Face model directory",
     )
-    if model.architecture is not None:
-        check_positions(run.task, model.architecture.get("max_position_embeddings"), f"model.name={model.name}")
+    check_positions(run.task, architecture(model).get("max_position_embeddings"), f"model.name={model.name}")
     if run.algorithm.routing_replay != "disabled" and not is_moe(model):
         raise Declined(
             f"algorithm.routing_replay={run.algorithm.routing_replay} has nothing to replay on the dense model "
@@ -384,8 +383,10 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         return model.architecture
     from transformers import AutoConfig
 
+    from harness.policy.loading import unreadable
+
     assert model.path is not None
     try:
         return AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a damaged file makes of the libraries that read it
+        raise ConfigError(unreadable(model.path, error)) from error

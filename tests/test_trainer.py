@@ -28,6 +28,7 @@ from harness.policy.loading import load_policy
 from harness.policy.normalization import RMSNorm
 from harness.runs import load_runs
 from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
+from harness.tasks import PromptStream
 from harness.tasks.bounded import BOUNDED
 from harness.trainer import Trainer
 from tests.tiny_run import TINY, UPDATES, lines, numbers, planned, run
@@ -214,6 +215,16 @@ def test_a_prompt_that_is_too_long_is_found_before_compute(results, tmp_path):
     assert run_cell(directory) == "failed"
     assert re.search("max_prompt_tokens=20: a prompt has 6. tokens", _reason(directory))
     assert lines(directory, METRICS) == []
+
+
+def test_a_generated_prompt_that_is_too_long_is_found_before_compute(results):
+    stream = PromptStream(compose(["algorithm=grpo"]).task, 0, "train")
+    lengths = [len(problem.prompt) for problem in stream.take(100)]  # a token a character
+    assert min(lengths) < max(lengths)
+    directory = planned(results, "sweep=generated", f"task.max_prompt_tokens={max(lengths) - 1}", *_EVALUATED)
+    assert run_cell(directory) == "failed"
+    assert re.search(f"a prompt has {max(lengths)} tokens; raise the limit, or see to it", _reason(directory))
+    assert lines(directory, EVALUATIONS) == lines(directory, METRICS) == []
 
 
 def _reason(directory):

@@ -33,8 +33,14 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a damaged file makes of the libraries that read it
+        raise ConfigError(unreadable(path, error)) from error
+    room = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > room:
+        raise ConfigError(
+            f"model.path={path}: its tokenizer has {len(tokenizer)} tokens and its embedding rows for {room}; put the "
+            "tokenizer there that the model was made with"
+        )
     if config.architecture is not None:
         cold_start.check_weights(model, Path(path))
     if tokenizer.eos_token_id is None:
@@ -69,6 +75,14 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
         use_closed_form(model)
 
 
+def unreadable(path: str, error: Exception) -> str:
+    """What to say where transformers cannot read what should be a checkpoint."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if Path(path).is_dir():
+        return f"model.path={path}: its files cannot be read as a causal language model's ({reason})"
+    return f"model.path={path}: there is no such folder, and no hub has it or none can be reached ({reason})"
+
+
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, path: str) -> None:
     """Refuse models whose logits are more than a linear head on the decoder: ours would not be their probabilities."""
@@ -76,6 +90,8 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
     states = decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     logits = model(input_ids=input_ids).logits
+    if not logits.isfinite().all():
+        raise ConfigError(f"model.path={path}: its logits are not finite; are its weights damaged?")
     if head is None or not torch.allclose(linear(states, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"model.path={path}: {type(model).__name__} scales or caps its logits after the output layer, which the "
