@@ -26,6 +26,7 @@ from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
 from harness.policy.loading import load_policy
 from harness.policy.normalization import RMSNorm
+from harness.policy.tokenizer import build_tokenizer
 from harness.runs import load_runs
 from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
 from harness.tasks import PromptStream
@@ -218,10 +219,11 @@ def test_a_prompt_that_is_too_long_is_found_before_compute(results, tmp_path):
 
 
 def test_a_generated_prompt_that_is_too_long_is_found_before_compute(results):
-    stream = PromptStream(compose(["algorithm=grpo"]).task, 0, "train")
-    lengths = [len(problem.prompt) for problem in stream.take(100)]  # a token a character
+    task = load(planned(results, "sweep=generated").path / "config.yaml").task
+    problems, tokenizer = PromptStream(task, 0, "train").take(200), build_tokenizer()
+    lengths = [len(tokenizer(problem.prompt)["input_ids"]) for problem in problems]
     assert min(lengths) < max(lengths)
-    directory = planned(results, "sweep=generated", f"task.max_prompt_tokens={max(lengths) - 1}", *_EVALUATED)
+    directory = planned(results, "sweep=generated_too_long", f"task.max_prompt_tokens={max(lengths) - 1}", *_EVALUATED)
     assert run_cell(directory) == "failed"
     assert re.search(f"a prompt has {max(lengths)} tokens; raise the limit, or see to it", _reason(directory))
     assert lines(directory, EVALUATIONS) == lines(directory, METRICS) == []

@@ -35,7 +35,7 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
         raise ConfigError(unreadable(path, error)) from error
-    room = model.get_input_embeddings().num_embeddings
+    room = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if len(tokenizer) > room:
         raise ConfigError(
             f"model.path={path}: its tokenizer has {len(tokenizer)} tokens and its embedding rows for {room}; put the "
