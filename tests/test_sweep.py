@@ -22,6 +22,7 @@ from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
+from harness.sweep.tuning import rehearsed
 from harness.torch_setup import set_up_environment
 from tests.analysis import synthetic
 from tests.tiny_run import PLAIN
@@ -236,6 +237,24 @@ def test_more_seeds_and_other_algorithms_join_a_folder(tmp_path):
     check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "algorithm=ppo"])])
 
 
+def test_before_its_trials_a_cell_may_be_there_as_it_was_tuned_and_afterwards_not_otherwise(tmp_path):
+    here = ["experiment=tuned", "sweep=s", f"results={tmp_path}", "tuning.trial=0"]
+    _finished(compose([*here, "algorithm.search_space={optimizer.learning_rate:[9e-4,8e-4,7e-4,6e-4,5e-4]}"]))
+    untuned = compose(here)
+    untuned.tuning.trial = None
+    check_folder(tmp_path / "s", [rehearsed(untuned)], rehearsal=True)
+    with pytest.raises(ConfigError, match=r"is a cell of this plan with another algorithm\.optimizer\.learning_rate"):
+        check_folder(tmp_path / "s", [compose(here)])
+
+
+def test_a_comparison_that_its_folder_cannot_take_stops_before_its_trials(tmp_path):
+    _finished(compose([f"results={tmp_path}", "sweep=tuned", "budget.limits.flops=5.0"]))
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", "model=tiny_dense"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
+    assert ended.returncode == 2 and "budget.limits.flops (5.0, here 1000000000000.0)" in ended.stderr
+    assert not (tmp_path / "tuned" / "trials").exists()
+
+
 def test_a_plan_that_never_ran_stands_in_nobodys_way(tmp_path):
     run = compose([f"results={tmp_path}", "sweep=s", "budget.limits.flops=5.0"])
     freeze(tmp_path / "s", [Cell(run, None)])
@@ -343,6 +362,19 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(workplace):
     Path("waits").unlink()
     assert _run(*arguments).returncode == 0
     assert {run["status"] for run in _runs("s").values()} == {"done"}
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_the_worst_and_the_comparison_goes_on(workplace):
+    Path("fails").touch()
+    tuning = ["tuning.trials=2", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
+    space = ["~algorithm.search_space", "+algorithm.search_space={ratio.kind:[fails,waits]}"]
+    ended = _run("-m", "experiment=tuned", "plugins=[mischief]", "algorithm=fails", *tuning, *space)
+    assert ended.returncode == 0, ended.stderr
+    trials = [json.loads(file.read_text())["status"] for file in Path("results/tuned/trials").glob("*/run.json")]
+    assert sorted(trials) == ["done", "failed"]
+    (chosen,) = Path("results/tuned").glob("fails-*/config.yaml")
+    assert "\n    kind: waits\n" in chosen.read_text() and _runs("tuned")["fails"]["status"] == "done"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from harness.config import CELL_KEYS, RunConfig, equal_part, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.provenance import code_fingerprint
-from harness.sweep.tuning import tuned
+from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
 
 
@@ -32,12 +32,13 @@ class Cell:
     declined: str | None
 
 
-def expand(config: DictConfig, loader: ConfigLoader) -> list[Cell]:
+def expand(config: DictConfig, loader: ConfigLoader, *, rehearsal: bool = False) -> list[Cell]:
     """Compose and check all cells of a multirun, in the order in which Hydra will number its jobs.
 
     Args:
         config: the multirun's configuration with its `hydra` node.
         loader: what Hydra composes jobs with; it knows `--config-dir`.
+        rehearsal: take every cell as its own first trial, before there are trials to choose from.
 
     Raises:
         ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
@@ -49,19 +50,20 @@ def expand(config: DictConfig, loader: ConfigLoader) -> list[Cell]:
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
-        cells = [_compose(config, loader, list(job)) for job in jobs]
+        cells = [_compose(config, loader, list(job), rehearsal) for job in jobs]
     except HydraException as error:
         raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
     _check_comparable([cell.config for cell in cells])
     return cells
 
 
-def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
+def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool = False) -> None:
     """Refuse to put runs beside others that they could not be compared with.
 
     Args:
         folder: the sweep folder, or a run directory to look at that one alone.
         configs: the runs to be put there.
+        rehearsal: whether they are not tuned yet, so that the same cells may be there with the settings chosen before.
 
     Raises:
         ConfigError: saying what differs and what to do.
@@ -87,7 +89,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
             if known and found[section] not in known:
                 difference = _first_difference(found[section], known[0], section)
                 raise _mixing(there, f"was made with another {difference}")
-        if run["label"] in labels and there.name not in names:
+        if run["label"] in labels and there.name not in names and not rehearsal:
             planned = asdict(labels[run["label"]])
             difference = _first_difference(
                 {key: found.get(key) for key in CELL_KEYS}, {key: planned[key] for key in CELL_KEYS}
@@ -113,9 +115,11 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
     replace_file(folder / "sweep.json", lambda file: file.write(text.encode()))
 
 
-def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
+def _compose(config: DictConfig, loader: ConfigLoader, job: list[str], rehearsal: bool) -> Cell:
     try:
         run = typed(loader.load_sweep_config(config, job))
+        if rehearsal:
+            run = rehearsed(run)
         declined = _declined(run)
         if run.tuning is not None:
             try:

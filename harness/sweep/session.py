@@ -18,7 +18,7 @@ from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import make_console, read_cell, summary, table
 from harness.sweep.plan import Cell, check_folder, expand, freeze
 from harness.sweep.progress import Progress
-from harness.sweep.tuning import run_trials
+from harness.sweep.tuning import run_trials, wants_trials
 
 _PATIENCE = 15.0  # seconds that interrupted cells get to say so
 
@@ -32,11 +32,17 @@ def start(config: DictConfig) -> None:
     """Plan, freeze and show a multirun, and watch it until :func:`finish`; where it is to be tuned, the trials first.
 
     Raises:
-        SystemExit: with status 2 where the plan cannot run; nothing has been written then.
+        SystemExit: with status 2 where the plan cannot run; nothing has been written then, but for trials that turn out
+            not to be all over. With the status of the trials' command where that was stopped.
     """
+    loader = GlobalHydra.instance().config_loader()
     try:
-        run_trials(config)
-        cells = expand(config, GlobalHydra.instance().config_loader())
+        if wants_trials(config):
+            # All that needs no trials is checked before they cost anything.
+            rehearsal = [cell.config for cell in expand(config, loader, rehearsal=True)]
+            check_folder(rehearsal[0].run_dir.parent, rehearsal, rehearsal=True)
+            run_trials(config)
+        cells = expand(config, loader)
         configs = [cell.config for cell in cells]
         folder = configs[0].run_dir.parent
         check_folder(folder, configs)
