@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -86,6 +86,11 @@ class AlgorithmConfig:
     optimizer: OptimizerConfig
     search_space: dict[str, list[Any]]
 
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that follow one rollout batch."""
+        return self.epochs * self.minibatches
 
 @dataclass
 class RewardModelConfig:
@@ -240,21 +245,22 @@ class RunConfig:
 
 
 # Keys that change where or how often something is written, or say where a setting is from; never a number.
-_NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
-# Keys in which the cells of one sweep may differ; all others must be equal for a fair comparison.
+NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
+# Keys in which the cells of one sweep may differ; the others must be equal for a fair comparison.
 CELL_KEYS = ("algorithm", "model", "task", "seed", "plugins")
 
+EQUAL_KEYS = tuple(field.name for field in fields(RunConfig) if field.name not in (*NOT_NUMBERS, *CELL_KEYS))
 
 def config_hash(config: RunConfig) -> str:
     """Eight hexadecimal digits of the SHA-256 over all that affects numbers."""
-    numbers = {key: value for key, value in asdict(config).items() if key not in _NOT_NUMBERS}
+    numbers = {key: value for key, value in asdict(config).items() if key not in NOT_NUMBERS}
     return _digest(numbers)[:8]
 
 
 def equal_part(config: RunConfig) -> dict[str, Any]:
     """What must be the same in all cells of a sweep: budget, rollout, evaluation, device, threads."""
-    hidden = (*_NOT_NUMBERS, *CELL_KEYS)
-    return {key: value for key, value in asdict(config).items() if key not in hidden}
+    values = asdict(config)
+    return {key: values[key] for key in EQUAL_KEYS}
 
 
 def _digest(value: Any) -> str:

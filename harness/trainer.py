@@ -196,7 +196,7 @@ class Trainer:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
         metrics = Metrics()
-        self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
+        self.meter.count(updates=self.algorithm.steps_per_batch)
         self._update("update", self.policy_updater, self.policy_cost, batch, targets, metrics)
         extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
         if self.critic_updater and self.critic_cost:

@@ -257,7 +257,7 @@ def _check_batch(run: RunConfig) -> None:
         f"{algorithm.minibatches}: make it a multiple",
     )
     _require(
-        not _trait(algorithm, "surrogate", "clips") or algorithm.epochs * algorithm.minibatches > 1,
+        not _trait(algorithm, "surrogate", "clips") or algorithm.steps_per_batch > 1,
         "algorithm.epochs x algorithm.minibatches is one optimizer step for each rollout batch: the importance ratio "
         f"is then 1 and the surrogate '{algorithm.surrogate['name']}' never clips; use at least 2",
     )
