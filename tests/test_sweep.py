@@ -213,6 +213,17 @@ def test_a_folder_with_results_at_another_budget_is_refused_naming_key_and_value
         check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "budget.limits.flops=7.0"])])
 
 
+@pytest.mark.parametrize(("content", "what"), [(None, "lost"), ("seed: 0\n", "damaged"), ("seed: {", "damaged")])
+def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path, content, what):
+    run = compose([f"results={tmp_path}", "sweep=s"])
+    file = _finished(run).path / "config.yaml"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{file} is {what}.*: remove its run directory and run the cell again"):
+        check_folder(tmp_path / "s", [run])
+
+
 def test_an_algorithm_that_was_edited_is_refused_naming_what_changed(tmp_path):
     _finished(compose([f"results={tmp_path}", "sweep=s"]))
     with pytest.raises(ConfigError, match=r"algorithm.epochs \(1, here 2\)"):
@@ -403,6 +414,15 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     refused = subprocess.run([sys.executable, "-m", "harness.run", *arguments], capture_output=True, text=True)
     assert refused.returncode != 0
     assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert not Path("results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_an_entry_that_ours_would_be_taken_for_stops_the_command(workplace, multirun):
+    Path("mine/algorithm/grpo.yaml").write_text("name: mine\n")
+    refused = _run(*multirun, "algorithm=two_epochs")
+    assert refused.returncode == 2 and "algorithm/grpo.yaml has the name of an entry of ours" in refused.stderr
     assert not Path("results").exists()
 
 

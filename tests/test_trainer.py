@@ -326,7 +326,7 @@ _DR_GRPO = """\
 defaults:
   - grpo
   - _self_
-name: dr_grpo
+name: my_dr_grpo
 advantage:
   scale: none
 aggregation:
@@ -338,15 +338,15 @@ aggregation:
 @pytest.mark.slow
 def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(results, tmp_path):
     (tmp_path / "mine" / "algorithm").mkdir(parents=True)
-    (tmp_path / "mine" / "algorithm" / "dr_grpo.yaml").write_text(_DR_GRPO)
-    arguments = ["--config-dir", "mine", "algorithm=dr_grpo", "sweep=own", *TINY, *_EVALUATED]
+    (tmp_path / "mine" / "algorithm" / "my_dr_grpo.yaml").write_text(_DR_GRPO)
+    arguments = ["--config-dir", "mine", "algorithm=my_dr_grpo", "sweep=own", *TINY, *_EVALUATED]
     command = [sys.executable, "-m", "harness.run", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     sweep = tmp_path / "results" / "own"
     rows = load_runs(sweep)
-    assert rows["algorithm"].tolist() == ["dr_grpo"] * 2 and rows["status"].tolist() == ["done"] * 2
-    (directory,) = map(RunDirectory, sweep.glob("dr_grpo-*"))
+    assert rows["algorithm"].tolist() == ["my_dr_grpo"] * 2 and rows["status"].tolist() == ["done"] * 2
+    (directory,) = map(RunDirectory, sweep.glob("my_dr_grpo-*"))
     grpo = run(results, "algorithm=grpo", "sweep=own", *_EVALUATED)
     assert moved(directory, "reward/mean")[0] == moved(grpo, "reward/mean")[0]  # the same first batch
     assert moved(directory, "loss")[0] != moved(grpo, "loss")[0]
@@ -355,7 +355,7 @@ def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(r
     legends = {
         text.get_text() for drawing in drawings for legend in drawing.figure.legends for text in legend.get_texts()
     }
-    assert "dr_grpo" in legends
+    assert "my_dr_grpo" in legends
     assert json.loads((directory.path / "run.json").read_text())["scores"]["chain_sum_held_out"]["n"] == 2
 
 

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, equal_part, typed
+from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.provenance import code_fingerprint
@@ -79,7 +79,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
         code = run["provenance"]["code"]
         if code != code_fingerprint():
             raise _mixing(there, f"was made by other code ({code}, now {code_fingerprint()})")
-        found = OmegaConf.to_container(OmegaConf.load(there / "config.yaml"))
+        found = OmegaConf.to_container(read(there / "config.yaml"))
         assert isinstance(found, dict)
         difference = _first_difference({key: found.get(key) for key in equal}, equal)
         if difference:

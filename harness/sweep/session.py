@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import make_console, read_cell, summary, table
@@ -37,6 +38,7 @@ def start(config: DictConfig) -> None:
     """
     loader = GlobalHydra.instance().config_loader()
     try:
+        check_sources(config.hydra)
         if wants_trials(config):
             # All that needs no trials is checked before they cost anything.
             rehearsal = [cell.config for cell in expand(config, loader, rehearsal=True)]
