@@ -181,6 +181,15 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, model):
         compose(arguments)
 
 
+@pytest.mark.parametrize("key", ["task", "model.cold_start.task"])
+def test_problems_that_an_evaluation_asks_in_other_words_are_refused(key):
+    message = rf"{key}\.prompt='Compute .*evaluation\.tasks has chain_sum_longer.*conf/task/chain_sum\.yaml.*use that"
+    other = [f"{key}.prompt='Compute {{expression}} ='"]
+    with pytest.raises(ConfigError, match=message):
+        compose([*other, "evaluation.tasks=[chain_sum_longer]"])
+    compose([f"{key}.prompt='{{expression}}='"])  # held out alike: white space does not count
+
+
 def test_a_malformed_line_of_the_data_is_named_by_its_number(tmp_path):
     good = json.dumps({"question": "1+1?", "answer": "#### 2"})
     (tmp_path / "train.jsonl").write_text(f"{good}\n{good[:-5]}\n")
