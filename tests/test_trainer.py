@@ -24,6 +24,7 @@ from harness.cell import run_cell
 from harness.config import compose, load
 from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
+from harness.evaluation.entries import LOCAL_TASKS
 from harness.policy.loading import load_policy
 from harness.policy.normalization import RMSNorm
 from harness.runs import load_runs
@@ -128,10 +129,12 @@ def test_the_process_that_judges_answers_is_there_before_the_first_step(results)
     assert BOUNDED._process is not None
 
 
-def test_with_the_samplers_log_probabilities_the_mismatch_is_that_of_the_first_minibatch(results):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_with_the_samplers_log_probabilities_the_mismatch_is_that_of_the_first_minibatch(results, epochs):
     rows = []
     for where in ("trainer", "rollout"):
-        directory = planned(results, "algorithm=grpo", f"algorithm.old_logprobs={where}", "sweep=mismatch")
+        cell = ["algorithm=grpo", f"algorithm.old_logprobs={where}", f"algorithm.epochs={epochs}"]
+        directory = planned(results, *cell, "sweep=mismatch")
         run_cell(directory)
         rows.append(lines(directory, METRICS)[0])
     trainer, rollout = rows
@@ -182,7 +185,7 @@ def test_a_critic_that_diverges_leaves_the_policys_metrics_too(results):
     assert row["loss"] is not None and row["clip_fraction/token"] is not None
 
 
-def test_a_learning_rate_beyond_all_bounds_diverges_or_is_done_but_never_fails(results):
+def test_a_learning_rate_beyond_all_bounds_diverges(results):
     rate = ["algorithm.optimizer.learning_rate=1e38", "algorithm.optimizer.warmup_updates=0"]
     directory = planned(results, "algorithm=grpo", *rate)
     assert run_cell(directory) == "diverged", directory.read_status()["traceback"]
@@ -193,6 +196,29 @@ def test_a_full_disk_stops_a_run_before_compute(results, monkeypatch):
     directory = planned(results, "sweep=full")
     assert run_cell(directory) == "failed"
     assert re.search("0 MB free and .* MB are needed: free some space", directory.read_status()["reason"])
+    assert lines(directory, METRICS) == []
+
+
+@pytest.mark.parametrize(("algorithm", "networks"), [("grpo", 1), ("ppo", 2)])
+def test_the_space_that_is_asked_for_is_that_of_twelve_copies_of_each_network(
+    results, monkeypatch, algorithm, networks
+):
+    asked = []
+    monkeypatch.setattr(RunDirectory, "check_space", lambda directory, size: asked.append(size))
+    directory = planned(results, f"algorithm={algorithm}", "sweep=space")
+    trainer = Trainer(load(directory.path / "config.yaml"), directory)
+    parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    assert asked == [12 * 4 * parameters * networks]
+
+
+def test_an_evaluation_without_a_score_stops_a_run_before_compute(results, tmp_path):
+    included = f"include: {LOCAL_TASKS}/chain_sum_held_out.yaml\ntask: mistakes\n"
+    metric = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: false}]\n"
+    (tmp_path / "mistakes.yaml").write_text(included + metric)
+    own = ["evaluation.tasks=[mistakes]", f"evaluation.task_path={tmp_path}", "evaluation.fractions=[1.0]"]
+    directory = planned(results, "sweep=mistakes", *own)
+    assert run_cell(directory) == "failed"
+    assert re.search(r"evaluation\.tasks has mistakes: no metric of it \(acc\) is the better the", _reason(directory))
     assert lines(directory, METRICS) == []
 
 
