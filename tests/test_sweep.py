@@ -224,6 +224,20 @@ def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path,
         check_folder(tmp_path / "s", [run])
 
 
+def test_results_of_data_that_was_edited_since_are_refused_naming_it(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"question": "1+1", "answer": "#### 2"}\n')
+    here = [f"results={tmp_path}", "sweep=s"]
+    task = ["task=gsm8k", f"task.path={data}", "task.max_prompt_tokens=200", "task.max_completion_tokens=200"]
+    _finished(compose([*here, *task]))
+    more = compose([*here, *task, "seed=1"])
+    check_folder(tmp_path / "s", [more])
+    data.write_text('{"question": "1+2", "answer": "#### 3"}\n')
+    with pytest.raises(ConfigError, match=rf"made with another {data} \(\w+, now \w+\).*another sweep=NAME"):
+        check_folder(tmp_path / "s", [more])
+    check_folder(tmp_path / "s", [compose(here)])  # it does not read that file
+
+
 def test_an_algorithm_that_was_edited_is_refused_naming_what_changed(tmp_path):
     _finished(compose([f"results={tmp_path}", "sweep=s"]))
     with pytest.raises(ConfigError, match=r"algorithm.epochs \(1, here 2\)"):

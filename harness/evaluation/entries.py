@@ -13,7 +13,7 @@ LOCAL_TASKS = Path(__file__).parent / "tasks"
 _HELD_OUT = "harness.evaluation.problems.held_out"  # the function that makes held-out problems of an entry in conf/task
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C where PyYAML was built with it
     """Takes lm-eval's tags, such as `!function`, as text."""
 
 

@@ -19,7 +19,7 @@ from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
-from harness.runs.provenance import code_fingerprint
+from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint
 from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
 
@@ -92,6 +92,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
         if run["label"] in labels and there.name not in names and not rehearsal:
             planned = asdict(labels[run["label"]])
             difference = _first_difference(
+    inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
                 {key: found.get(key) for key in CELL_KEYS}, {key: planned[key] for key in CELL_KEYS}
             )
             raise _mixing(there, f"is a cell of this plan with another {difference}")
@@ -100,6 +101,9 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
 def freeze(folder: Path, cells: Sequence[Cell]) -> None:
     """Write sweep.json and every cell's config.yaml and run.json: what will run, whatever is edited meanwhile."""
     for cell in cells:
+        changed = changed_input(run["provenance"], inputs)
+        if changed:
+            raise _mixing(there, f"was made with another {changed}")
         try:
             prepare(cell.config, cell.declined)
         except RunInUse:
