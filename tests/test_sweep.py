@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from harness.config import compose, conf_dir, load
 from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
-from harness.sweep.plan import Cell, check_folder, expand, freeze
+from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
 from harness.sweep.tuning import rehearsed
 from harness.torch_setup import set_up_environment
@@ -97,7 +97,7 @@ def _plan(*overrides):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
-        return expand(config, hydra.config_loader)
+        return expand(compose_jobs(config, hydra.config_loader))
 
 
 def _finished(run, **provenance):

@@ -3,7 +3,8 @@
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,14 @@ from harness.validation import check
 
 
 @dataclass(frozen=True)
+class Job:
+    """What Hydra makes of one combination of the overrides, before tuning and checks."""
+
+    overrides: Sequence[str]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
 class Cell:
     """A cell of the plan; `declined` says why its algorithm cannot apply to it."""
 
@@ -32,16 +41,15 @@ class Cell:
     declined: str | None
 
 
-def expand(config: DictConfig, loader: ConfigLoader, *, rehearsal: bool = False) -> list[Cell]:
-    """Compose and check all cells of a multirun, in the order in which Hydra will number its jobs.
+def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
+    """Compose all jobs of a multirun, in the order in which Hydra will number them.
 
     Args:
         config: the multirun's configuration with its `hydra` node.
         loader: what Hydra composes jobs with; it knows `--config-dir`.
-        rehearsal: take every cell as its own first trial, before there are trials to choose from.
 
     Raises:
-        ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
+        ConfigError: for the first that cannot be composed.
     """
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
@@ -50,9 +58,22 @@ def expand(config: DictConfig, loader: ConfigLoader, *, rehearsal: bool = False)
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
-        cells = [_compose(config, loader, list(job), rehearsal) for job in jobs]
+        return [_compose(config, loader, list(job)) for job in jobs]
     except HydraException as error:
         raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
+
+
+def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
+    """Tune and check the cells of a multirun.
+
+    Args:
+        jobs: of :func:`compose_jobs`.
+        rehearsal: take every cell as its own first trial, before there are trials to choose from.
+
+    Raises:
+        ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
+    """
+    cells = [_cell(job, rehearsal) for job in jobs]
     _check_comparable([cell.config for cell in cells])
     return cells
 
@@ -71,6 +92,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
     names = {config.run_name for config in configs}
     labels = {config.label: config for config in configs}
     equal = equal_part(configs[0])
+    inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
     files = [folder / "run.json"] if (folder / "run.json").exists() else sorted(folder.glob("*/run.json"))
     for directory in (RunDirectory(file.parent) for file in files):
         if not _holds_results(directory):
@@ -79,6 +101,9 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
         code = run["provenance"]["code"]
         if code != code_fingerprint():
             raise _mixing(there, f"was made by other code ({code}, now {code_fingerprint()})")
+        changed = changed_input(run["provenance"], inputs)
+        if changed:
+            raise _mixing(there, f"was made with another {changed}")
         found = OmegaConf.to_container(read(there / "config.yaml"))
         assert isinstance(found, dict)
         difference = _first_difference({key: found.get(key) for key in equal}, equal)
@@ -92,7 +117,6 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
         if run["label"] in labels and there.name not in names and not rehearsal:
             planned = asdict(labels[run["label"]])
             difference = _first_difference(
-    inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
                 {key: found.get(key) for key in CELL_KEYS}, {key: planned[key] for key in CELL_KEYS}
             )
             raise _mixing(there, f"is a cell of this plan with another {difference}")
@@ -101,9 +125,6 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
 def freeze(folder: Path, cells: Sequence[Cell]) -> None:
     """Write sweep.json and every cell's config.yaml and run.json: what will run, whatever is edited meanwhile."""
     for cell in cells:
-        changed = changed_input(run["provenance"], inputs)
-        if changed:
-            raise _mixing(there, f"was made with another {changed}")
         try:
             prepare(cell.config, cell.declined)
         except RunInUse:
@@ -119,11 +140,14 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
     replace_file(folder / "sweep.json", lambda file: file.write(text.encode()))
 
 
-def _compose(config: DictConfig, loader: ConfigLoader, job: list[str], rehearsal: bool) -> Cell:
-    try:
-        run = typed(loader.load_sweep_config(config, job))
-        if rehearsal:
-            run = rehearsed(run)
+def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Job:
+    with _naming(overrides):
+        return Job(overrides, typed(loader.load_sweep_config(config, overrides)))
+
+
+def _cell(job: Job, rehearsal: bool) -> Cell:
+    with _naming(job.overrides):
+        run = rehearsed(job.config) if rehearsal else job.config
         declined = _declined(run)
         if run.tuning is not None:
             try:
@@ -132,8 +156,15 @@ def _compose(config: DictConfig, loader: ConfigLoader, job: list[str], rehearsal
                 return Cell(run, declined or str(error))
             declined = _declined(run)
         return Cell(run, declined)
+
+
+@contextmanager
+def _naming(overrides: Sequence[str]) -> Iterator[None]:
+    """Have errors say of which cell they are."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{error}\n(in the cell {' '.join(job)})") from error
+        raise ConfigError(f"{error}\n(in the cell {' '.join(overrides)})") from error
 
 
 def _declined(run: RunConfig) -> str | None:
