@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.config import RunConfig, config_hash, load, save
 from harness.errors import ConfigError, Diverged
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
-from harness.runs.provenance import code_fingerprint, provenance
+from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint, provenance
 from harness.torch_setup import set_up_torch
 
 EXIT_CODES = {"done": 0, "diverged": 0, "skipped": 0, "failed": 1, "interrupted": 130}
@@ -46,7 +46,11 @@ def prepare(config: RunConfig, declined: str | None = None) -> RunDirectory:
             "seed": config.seed,
             "label": config.label,
             "hash": config_hash(config),
-            "provenance": {**run.get("provenance", {}), "code": code_fingerprint()},
+            "provenance": {
+                **run.get("provenance", {}),
+                "code": code_fingerprint(),
+                "inputs": inputs_fingerprint(config),
+            },
             "budget": run.get("budget") or {"axis": config.budget.axis, "limit": config.budget.limit},
         }
         if declined is not None:
@@ -102,6 +106,11 @@ def _train(directory: RunDirectory) -> None:
         raise ConfigError(
             f"the code has changed since this run was planned ({recorded.get('code')}, now {code_fingerprint()}): "
             "go back to that code, or choose another sweep=NAME"
+        )
+    changed = changed_input(recorded, inputs_fingerprint(config))
+    if changed:
+        raise ConfigError(
+            f"{changed} has changed since this run was planned: put it back, or choose another sweep=NAME"
         )
     set_up_torch(config.threads)
     directory.update_status(provenance={**recorded, **provenance(config.device)})

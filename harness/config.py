@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -12,6 +12,7 @@ from harness.errors import ConfigError
 
 # Hydra and OmegaConf are imported where they are used: what needs the types alone works without them.
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 BUDGET_AXES = ("flops", "device_seconds", "tokens", "queries", "updates")
@@ -85,6 +86,11 @@ class AlgorithmConfig:
     minibatches: int
     optimizer: OptimizerConfig
     search_space: dict[str, list[Any]]
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that follow one rollout batch."""
+        return self.epochs * self.minibatches
 
 
 @dataclass
@@ -240,21 +246,22 @@ class RunConfig:
 
 
 # Keys that change where or how often something is written, or say where a setting is from; never a number.
-_NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
-# Keys in which the cells of one sweep may differ; all others must be equal for a fair comparison.
+NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
+# Keys in which the cells of one sweep may differ; the others must be equal for a fair comparison.
 CELL_KEYS = ("algorithm", "model", "task", "seed", "plugins")
+EQUAL_KEYS = tuple(field.name for field in fields(RunConfig) if field.name not in (*NOT_NUMBERS, *CELL_KEYS))
 
 
 def config_hash(config: RunConfig) -> str:
     """Eight hexadecimal digits of the SHA-256 over all that affects numbers."""
-    numbers = {key: value for key, value in asdict(config).items() if key not in _NOT_NUMBERS}
+    numbers = {key: value for key, value in asdict(config).items() if key not in NOT_NUMBERS}
     return _digest(numbers)[:8]
 
 
 def equal_part(config: RunConfig) -> dict[str, Any]:
     """What must be the same in all cells of a sweep: budget, rollout, evaluation, device, threads."""
-    hidden = (*_NOT_NUMBERS, *CELL_KEYS)
-    return {key: value for key, value in asdict(config).items() if key not in hidden}
+    values = asdict(config)
+    return {key: values[key] for key in EQUAL_KEYS}
 
 
 def _digest(value: Any) -> str:
@@ -282,8 +289,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        check_names(config_dir)
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
     try:
@@ -291,6 +300,36 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
             return validate(hydra.compose("config", overrides=[*search, *overrides]))
     except HydraException as error:
         raise ConfigError(str(error)) from error
+
+
+def check_names(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder of further entries where one has the name of ours, since Hydra would silently take ours.
+
+    Not so with claims, which Hydra does not read: there theirs replaces ours.
+
+    Raises:
+        ConfigError: naming the first such entry.
+    """
+    ours = conf_dir()
+    for file in sorted(ours.rglob("*.yaml")):
+        name = file.relative_to(ours)
+        theirs = Path(folder) / name
+        if name.parts[0] != "claims" and theirs.exists() and not theirs.samefile(file):
+            raise ConfigError(
+                f"--config-dir {folder}: {name.as_posix()} has the name of an entry of ours, which would be taken "
+                "instead; give it another name"
+            )
+
+
+def check_sources(hydra: "HydraConf") -> None:
+    """As :func:`check_names`, for all folders that a command line takes its entries from.
+
+    Args:
+        hydra: the command's `hydra` node.
+    """
+    for source in hydra.runtime.config_sources:
+        if source.schema == "file":
+            check_names(source.path)
 
 
 def validate(config: "DictConfig") -> RunConfig:
@@ -325,21 +364,45 @@ def typed(config: "DictConfig") -> RunConfig:
 
 
 def save(run: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
+    """Write the resolved configuration as YAML, crash-safe."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(run))), encoding="utf-8")
+    from harness.runs.directory import replace_file
+
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(run)))
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def read(path: Path) -> "DictConfig":
+    """What :func:`save` wrote, as it stands there.
+
+    Raises:
+        ConfigError: where the file is lost or damaged, saying what to do.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from harness.runs.directory import RERUN
+
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is lost: {RERUN}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): {RERUN}") from error
+    for key in (field.name for field in fields(RunConfig)):
+        if key not in config:
+            raise ConfigError(f"{path} is damaged (it has no {key}): {RERUN}")
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def load(path: Path) -> RunConfig:
-    """Read back what :func:`save` wrote, validated again."""
-    from omegaconf import DictConfig, OmegaConf
-
+    """Read back what :func:`save` wrote, validated again. Raises as :func:`read` and :func:`typed`."""
     from harness.validation import check
 
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return check(typed(config))
+    return check(typed(read(path)))
 
 
 def _check_keys(values: "DictConfig", schema: Any, prefix: str) -> None:

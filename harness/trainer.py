@@ -13,7 +13,7 @@ from harness.algorithms.value import explained_variance
 from harness.budget import Meter
 from harness.config import RunConfig
 from harness.errors import ConfigError, Diverged
-from harness.evaluation import evaluate
+from harness.evaluation import evaluate, prepare_evaluation
 from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
@@ -200,7 +200,7 @@ class Trainer:
         """Judge the rollout batch and update on it; returns the metrics of the update."""
         targets = self.judge.judge(batch, rewards)
         metrics = Metrics()
-        self.meter.count(updates=self.algorithm.epochs * self.algorithm.minibatches)
+        self.meter.count(updates=self.algorithm.steps_per_batch)
         self._update("update", self.policy_updater, self.policy_cost, batch, targets, metrics)
         extra = {"learning_rate": self.policy_updater.optimizer.param_groups[0]["lr"]}
         if self.critic_updater and self.critic_cost:
@@ -340,6 +340,8 @@ class Trainer:
         logprobs, _ = completion_logprobs(self.policy, batch, self.config.rollout.temperature)
         logprobs.sum().backward()
         self.policy.zero_grad(set_to_none=True)
+        if self.fractions:
+            prepare_evaluation(self.policy, self.config.evaluation)
 
     def _describe(self, initial_weights: str) -> None:
         provenance = self.directory.read_status().get("provenance", {})

@@ -224,7 +224,7 @@ class PolicyUpdater(Updater):
         routing = self.routing
         routing.replay = None if replayed is None else packing.in_one(replayed)
         # The rollout batch's first step still has the weights that it was sampled with.
-        first = self.updates % (algorithm.epochs * algorithm.minibatches) == 0
+        first = self.updates % algorithm.steps_per_batch == 0
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
             logprobs, entropy = completion_logprobs(self.policy, micro, temperature, bonus > 0, packing)
             loss, loss_metrics = weighted_policy_loss(

@@ -20,6 +20,7 @@ from harness.config import (
 )
 from harness.errors import ConfigError, Declined
 from harness.evaluation import check_evaluation
+from harness.evaluation.entries import entry, held_out_entries
 from harness.runs.loggers import LOGGERS
 from harness.tasks import check_task
 
@@ -48,6 +49,7 @@ def check(run: RunConfig) -> RunConfig:
     _check_model(run)
     _check_token_credit(run)
     check_evaluation(run.evaluation)
+    _check_held_out(run)
     return run
 
 
@@ -257,7 +259,7 @@ def _check_batch(run: RunConfig) -> None:
         f"{algorithm.minibatches}: make it a multiple",
     )
     _require(
-        not _trait(algorithm, "surrogate", "clips") or algorithm.epochs * algorithm.minibatches > 1,
+        not _trait(algorithm, "surrogate", "clips") or algorithm.steps_per_batch > 1,
         "algorithm.epochs x algorithm.minibatches is one optimizer step for each rollout batch: the importance ratio "
         f"is then 1 and the surrogate '{algorithm.surrogate['name']}' never clips; use at least 2",
     )
@@ -288,6 +290,23 @@ def _check_task(task: TaskConfig, key: str) -> None:
         f"{key}.step_verifier={task.step_verifier} judges steps, and {key}.reward_model puts errors on the reward of a "
         "whole answer alone: set step_verifier to null, or label_noise and length_bias to 0",
     )
+
+
+def _check_held_out(run: RunConfig) -> None:
+    """Refuse an evaluation that asks the run's problems in other words: they are held out by their prompt."""
+    trained = {"task": run.task}
+    if run.model.cold_start:
+        trained["model.cold_start.task"] = run.model.cold_start.task
+    for name, held_out in held_out_entries(run.evaluation).items():
+        asked = entry(held_out)
+        for key, task in trained.items():
+            same = (task.source, task.dataset, task.path) == (asked.source, asked.dataset, asked.path)
+            _require(
+                not same or "".join(task.prompt.split()) == "".join(asked.prompt.split()),
+                f"{key}.prompt={task.prompt!r}: evaluation.tasks has {name}, which asks problems of the same data set "
+                f"by the prompt {asked.prompt!r} of conf/task/{held_out}.yaml, so that those it holds out would be met "
+                "in training; use that prompt, or leave this task out of evaluation.tasks",
+            )
 
 
 # What a part with a trait does, and what to use instead.

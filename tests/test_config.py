@@ -1,11 +1,15 @@
 """Configurations that cannot run stop at composition, naming the key and the mend."""
 
 import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.config import compose
+from harness.config import compose, conf_dir, load, save
 from harness.errors import ConfigError
 
 
@@ -130,12 +134,60 @@ def test_what_cannot_run_is_refused_naming_key_and_mend(overrides, message):
         compose(overrides)
 
 
+def test_an_entry_of_the_users_own_with_the_name_of_ours_is_refused_but_a_claim_may_have_it(tmp_path):
+    for name in ("claims/reward.yaml", "algorithm/grpo.yaml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("name: mine\n")
+    with pytest.raises(ConfigError, match=r"--config-dir .*: algorithm/grpo\.yaml has the name of an entry of ours"):
+        compose(["algorithm=grpo"], config_dir=tmp_path)
+    (tmp_path / "algorithm" / "grpo.yaml").unlink()
+    compose(["algorithm=grpo"], config_dir=tmp_path)
+    compose(["algorithm=grpo"], config_dir=conf_dir())  # ours are not in their own way
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.yaml is lost: remove its run directory and run the cell again"),
+        ("", r"config.yaml is damaged \(it has no algorithm\): remove its run directory"),
+        ("algorithm: {", r"config.yaml is damaged \(.*\): remove its run directory"),
+    ],
+)
+def test_a_configuration_that_was_lost_or_damaged_says_what_to_do(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "config.yaml")
+
+
+def test_a_configuration_whose_writing_breaks_off_stays_as_it_was(tmp_path, monkeypatch):
+    run = compose(["seed=1"])
+    save(run, tmp_path / "config.yaml")
+    monkeypatch.setattr("harness.runs.directory.os.fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+    process = multiprocessing.get_context("fork").Process(
+        target=save, args=(replace(run, seed=2), tmp_path / "config.yaml")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert load(tmp_path / "config.yaml") == run
+
+
 @pytest.mark.parametrize("model", ["{}/absent", "./absent"])
 def test_a_model_that_is_not_there_is_refused(tmp_path, model):
     path = model.format(tmp_path)
     arguments = [f"model.path={path}", "model.architecture=null", "model.cold_start=null"]
     with pytest.raises(ConfigError, match=r"model\.path=.*absent: no such folder; give a Hugging Face model directory"):
         compose(arguments)
+
+
+@pytest.mark.parametrize("key", ["task", "model.cold_start.task"])
+def test_problems_that_an_evaluation_asks_in_other_words_are_refused(key):
+    message = rf"{key}\.prompt='Compute .*evaluation\.tasks has chain_sum_longer.*conf/task/chain_sum\.yaml.*use that"
+    other = [f"{key}.prompt='Compute {{expression}} ='"]
+    with pytest.raises(ConfigError, match=message):
+        compose([*other, "evaluation.tasks=[chain_sum_longer]"])
+    compose([f"{key}.prompt='{{expression}}='"])  # held out alike: white space does not count
 
 
 def test_a_malformed_line_of_the_data_is_named_by_its_number(tmp_path):

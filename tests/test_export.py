@@ -162,7 +162,7 @@ def assert_trl_agrees(run: RunConfig) -> None:
     options = {key: value for key, value in settings.items() if key not in BATCH_SIZES}
     ours, theirs = our_loss(run), peers.trl_loss(trl_class(run), **options)
     for inputs in inputs_for(run, per_token=False):
-        if run.algorithm.epochs * run.algorithm.minibatches > 1:
+        if run.algorithm.steps_per_batch > 1:
             assert_same(ours, theirs, inputs)
         else:  # the ratio is 1, and the loss means nothing but its gradient
             fresh = inputs._replace(old_logprobs=inputs.logprobs)

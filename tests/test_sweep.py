@@ -20,8 +20,9 @@ from hydra.types import RunMode
 from harness.config import compose, conf_dir, load
 from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
-from harness.sweep.plan import Cell, check_folder, expand, freeze
+from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
+from harness.sweep.tuning import rehearsed
 from harness.torch_setup import set_up_environment
 from tests.analysis import synthetic
 from tests.tiny_run import PLAIN
@@ -96,7 +97,7 @@ def _plan(*overrides):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
-        return expand(config, hydra.config_loader)
+        return expand(compose_jobs(config, hydra.config_loader))
 
 
 def _finished(run, **provenance):
@@ -212,6 +213,31 @@ def test_a_folder_with_results_at_another_budget_is_refused_naming_key_and_value
         check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "budget.limits.flops=7.0"])])
 
 
+@pytest.mark.parametrize(("content", "what"), [(None, "lost"), ("seed: 0\n", "damaged"), ("seed: {", "damaged")])
+def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path, content, what):
+    run = compose([f"results={tmp_path}", "sweep=s"])
+    file = _finished(run).path / "config.yaml"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{file} is {what}.*: remove its run directory and run the cell again"):
+        check_folder(tmp_path / "s", [run])
+
+
+def test_results_of_data_that_was_edited_since_are_refused_naming_it(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"question": "1+1", "answer": "#### 2"}\n')
+    here = [f"results={tmp_path}", "sweep=s"]
+    task = ["task=gsm8k", f"task.path={data}", "task.max_prompt_tokens=200", "task.max_completion_tokens=200"]
+    _finished(compose([*here, *task]))
+    more = compose([*here, *task, "seed=1"])
+    check_folder(tmp_path / "s", [more])
+    data.write_text('{"question": "1+2", "answer": "#### 3"}\n')
+    with pytest.raises(ConfigError, match=rf"made with another {data} \(\w+, now \w+\).*another sweep=NAME"):
+        check_folder(tmp_path / "s", [more])
+    check_folder(tmp_path / "s", [compose(here)])  # it does not read that file
+
+
 def test_an_algorithm_that_was_edited_is_refused_naming_what_changed(tmp_path):
     _finished(compose([f"results={tmp_path}", "sweep=s"]))
     with pytest.raises(ConfigError, match=r"algorithm.epochs \(1, here 2\)"):
@@ -234,6 +260,24 @@ def test_variants_of_an_algorithm_may_share_one_plan(tmp_path):
 def test_more_seeds_and_other_algorithms_join_a_folder(tmp_path):
     _finished(compose([f"results={tmp_path}", "sweep=s"]))
     check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "algorithm=ppo"])])
+
+
+def test_before_its_trials_a_cell_may_be_there_as_it_was_tuned_and_afterwards_not_otherwise(tmp_path):
+    here = ["experiment=tuned", "sweep=s", f"results={tmp_path}", "tuning.trial=0"]
+    _finished(compose([*here, "algorithm.search_space={optimizer.learning_rate:[9e-4,8e-4,7e-4,6e-4,5e-4]}"]))
+    untuned = compose(here)
+    untuned.tuning.trial = None
+    check_folder(tmp_path / "s", [rehearsed(untuned)], rehearsal=True)
+    with pytest.raises(ConfigError, match=r"is a cell of this plan with another algorithm\.optimizer\.learning_rate"):
+        check_folder(tmp_path / "s", [compose(here)])
+
+
+def test_a_comparison_that_its_folder_cannot_take_stops_before_its_trials(tmp_path):
+    _finished(compose([f"results={tmp_path}", "sweep=tuned", "budget.limits.flops=5.0"]))
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", "model=tiny_dense"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
+    assert ended.returncode == 2 and "budget.limits.flops (5.0, here 1000000000000.0)" in ended.stderr
+    assert not (tmp_path / "tuned" / "trials").exists()
 
 
 def test_a_plan_that_never_ran_stands_in_nobodys_way(tmp_path):
@@ -346,6 +390,19 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(workplace):
 
 
 @pytest.mark.slow
+def test_a_trial_that_fails_is_the_worst_and_the_comparison_goes_on(workplace):
+    Path("fails").touch()
+    tuning = ["tuning.trials=2", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
+    space = ["~algorithm.search_space", "+algorithm.search_space={ratio.kind:[fails,waits]}"]
+    ended = _run("-m", "experiment=tuned", "plugins=[mischief]", "algorithm=fails", *tuning, *space)
+    assert ended.returncode == 0, ended.stderr
+    trials = [json.loads(file.read_text())["status"] for file in Path("results/tuned/trials").glob("*/run.json")]
+    assert sorted(trials) == ["done", "failed"]
+    (chosen,) = Path("results/tuned").glob("fails-*/config.yaml")
+    assert "\n    kind: waits\n" in chosen.read_text() and _runs("tuned")["fails"]["status"] == "done"
+
+
+@pytest.mark.slow
 def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
     assert _run("algorithm=two_epochs").returncode == 0
     (run_dir,) = Path("results/runs").iterdir()
@@ -371,6 +428,15 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     refused = subprocess.run([sys.executable, "-m", "harness.run", *arguments], capture_output=True, text=True)
     assert refused.returncode != 0
     assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert not Path("results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_an_entry_that_ours_would_be_taken_for_stops_the_command(workplace, multirun):
+    Path("mine/algorithm/grpo.yaml").write_text("name: mine\n")
+    refused = _run(*multirun, "algorithm=two_epochs")
+    assert refused.returncode == 2 and "algorithm/grpo.yaml has the name of an entry of ours" in refused.stderr
     assert not Path("results").exists()
 
 

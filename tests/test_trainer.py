@@ -24,6 +24,7 @@ from harness.cell import run_cell
 from harness.config import compose, load
 from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
+from harness.evaluation.entries import LOCAL_TASKS
 from harness.policy.loading import load_policy
 from harness.policy.normalization import RMSNorm
 from harness.policy.tokenizer import build_tokenizer
@@ -130,10 +131,12 @@ def test_the_process_that_judges_answers_is_there_before_the_first_step(results)
     assert BOUNDED._process is not None
 
 
-def test_with_the_samplers_log_probabilities_the_mismatch_is_that_of_the_first_minibatch(results):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_with_the_samplers_log_probabilities_the_mismatch_is_that_of_the_first_minibatch(results, epochs):
     rows = []
     for where in ("trainer", "rollout"):
-        directory = planned(results, "algorithm=grpo", f"algorithm.old_logprobs={where}", "sweep=mismatch")
+        cell = ["algorithm=grpo", f"algorithm.old_logprobs={where}", f"algorithm.epochs={epochs}"]
+        directory = planned(results, *cell, "sweep=mismatch")
         run_cell(directory)
         rows.append(lines(directory, METRICS)[0])
     trainer, rollout = rows
@@ -184,7 +187,7 @@ def test_a_critic_that_diverges_leaves_the_policys_metrics_too(results):
     assert row["loss"] is not None and row["clip_fraction/token"] is not None
 
 
-def test_a_learning_rate_beyond_all_bounds_diverges_or_is_done_but_never_fails(results):
+def test_a_learning_rate_beyond_all_bounds_diverges(results):
     rate = ["algorithm.optimizer.learning_rate=1e38", "algorithm.optimizer.warmup_updates=0"]
     directory = planned(results, "algorithm=grpo", *rate)
     assert run_cell(directory) == "diverged", directory.read_status()["traceback"]
@@ -195,6 +198,29 @@ def test_a_full_disk_stops_a_run_before_compute(results, monkeypatch):
     directory = planned(results, "sweep=full")
     assert run_cell(directory) == "failed"
     assert re.search("0 MB free and .* MB are needed: free some space", directory.read_status()["reason"])
+    assert lines(directory, METRICS) == []
+
+
+@pytest.mark.parametrize(("algorithm", "networks"), [("grpo", 1), ("ppo", 2)])
+def test_the_space_that_is_asked_for_is_that_of_twelve_copies_of_each_network(
+    results, monkeypatch, algorithm, networks
+):
+    asked = []
+    monkeypatch.setattr(RunDirectory, "check_space", lambda directory, size: asked.append(size))
+    directory = planned(results, f"algorithm={algorithm}", "sweep=space")
+    trainer = Trainer(load(directory.path / "config.yaml"), directory)
+    parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+    assert asked == [12 * 4 * parameters * networks]
+
+
+def test_an_evaluation_without_a_score_stops_a_run_before_compute(results, tmp_path):
+    included = f"include: {LOCAL_TASKS}/chain_sum_held_out.yaml\ntask: mistakes\n"
+    metric = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: false}]\n"
+    (tmp_path / "mistakes.yaml").write_text(included + metric)
+    own = ["evaluation.tasks=[mistakes]", f"evaluation.task_path={tmp_path}", "evaluation.fractions=[1.0]"]
+    directory = planned(results, "sweep=mistakes", *own)
+    assert run_cell(directory) == "failed"
+    assert re.search(r"evaluation\.tasks has mistakes: no metric of it \(acc\) is the better the", _reason(directory))
     assert lines(directory, METRICS) == []
 
 
@@ -339,7 +365,7 @@ _DR_GRPO = """\
 defaults:
   - grpo
   - _self_
-name: dr_grpo
+name: my_dr_grpo
 advantage:
   scale: none
 aggregation:
@@ -351,15 +377,15 @@ aggregation:
 @pytest.mark.slow
 def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(results, tmp_path):
     (tmp_path / "mine" / "algorithm").mkdir(parents=True)
-    (tmp_path / "mine" / "algorithm" / "dr_grpo.yaml").write_text(_DR_GRPO)
-    arguments = ["--config-dir", "mine", "algorithm=dr_grpo", "sweep=own", *TINY, *_EVALUATED]
+    (tmp_path / "mine" / "algorithm" / "my_dr_grpo.yaml").write_text(_DR_GRPO)
+    arguments = ["--config-dir", "mine", "algorithm=my_dr_grpo", "sweep=own", *TINY, *_EVALUATED]
     command = [sys.executable, "-m", "harness.run", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     sweep = tmp_path / "results" / "own"
     rows = load_runs(sweep)
-    assert rows["algorithm"].tolist() == ["dr_grpo"] * 2 and rows["status"].tolist() == ["done"] * 2
-    (directory,) = map(RunDirectory, sweep.glob("dr_grpo-*"))
+    assert rows["algorithm"].tolist() == ["my_dr_grpo"] * 2 and rows["status"].tolist() == ["done"] * 2
+    (directory,) = map(RunDirectory, sweep.glob("my_dr_grpo-*"))
     grpo = run(results, "algorithm=grpo", "sweep=own", *_EVALUATED)
     assert moved(directory, "reward/mean")[0] == moved(grpo, "reward/mean")[0]  # the same first batch
     assert moved(directory, "loss")[0] != moved(grpo, "loss")[0]
@@ -368,7 +394,7 @@ def test_an_algorithm_of_yaml_alone_outside_the_repository_trains_and_is_drawn(r
     legends = {
         text.get_text() for drawing in drawings for legend in drawing.figure.legends for text in legend.get_texts()
     }
-    assert "dr_grpo" in legends
+    assert "my_dr_grpo" in legends
     assert json.loads((directory.path / "run.json").read_text())["scores"]["chain_sum_held_out"]["n"] == 2
 
 

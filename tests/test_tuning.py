@@ -63,9 +63,15 @@ def test_every_algorithm_gets_as_many_trials_or_the_plan_stops():
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("tuning.trials=0", "tuning.trials=0: must be at least 1"), ("tuning.trial=3", "leave it null")],
+    [
+        ("tuning.trials=0", "tuning.trials=0: must be at least 1"),
+        ("tuning.trial=3", "leave it null"),
+        ("seed=0,1000", "seed=1000: tuning.overrides give it to the trials"),
+        ('tuning.overrides=["budget.limits.flops=1e9"]', "tuning.overrides give the trials no seed"),
+        ("evaluation.fractions=[2.0]", "evaluation.fractions has 2.0"),  # the trials have others
+    ],
 )
-def test_a_command_that_cannot_be_tuned_stops(tmp_path, override, message):
+def test_a_comparison_that_cannot_run_stops_before_its_trials(tmp_path, override, message):
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", override]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and message in ended.stderr and not list(tmp_path.iterdir())
@@ -121,7 +127,7 @@ def test_the_comparison_takes_the_best_trial(tmp_path):
     ("scores", "overrides", "error", "message"),
     [
         ([0.1, 0.2, 0.3, 0.4], [], ConfigError, "are not all there: run them first"),
-        ([0.1, 0.2, 0.3, 0.4, np.nan], [], ConfigError, "are not all there: run them first"),
+        ([0.1, 0.2, 0.3, 0.4, np.nan], [], ConfigError, r"are not all there \(gspo-.*-s1000-\w+ not over\): run them"),
         ([0.1] * 5, ["model=tiny_moe"], ConfigError, "trials of gspo on tiny_moe and chain_sum .* are not all there"),
         ([0.1] * 5, ["seed=1000"], ConfigError, "seed=1000: trials in .* have used it"),
         ([-np.inf] * 5, [], Declined, "every trial of gspo .* diverged"),

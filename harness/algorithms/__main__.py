@@ -83,7 +83,7 @@ COLUMNS: dict[str, Callable[[AlgorithmConfig], str]] = {
     "routing replay": lambda algorithm: algorithm.routing_replay.replace("disabled", NONE),
     "old log-probabilities": lambda algorithm: algorithm.old_logprobs,
     "critic": lambda algorithm: "yes" if algorithm.critic else NONE,
-    "steps": lambda algorithm: str(algorithm.epochs * algorithm.minibatches),
+    "steps": lambda algorithm: str(algorithm.steps_per_batch),
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Downstream evaluation with lm-eval."""
 
-from harness.evaluation.downstream import check_evaluation, evaluate
+from harness.evaluation.downstream import check_evaluation, evaluate, prepare_evaluation
 
-__all__ = ["check_evaluation", "evaluate"]
+__all__ = ["check_evaluation", "evaluate", "prepare_evaluation"]

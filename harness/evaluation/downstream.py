@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import EvaluationConfig
 from harness.errors import ConfigError
+from harness.evaluation.entries import LOCAL_TASKS
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOCAL_TASKS = Path(__file__).parent / "tasks"
+
+def prepare_evaluation(model: "PreTrainedModel", config: EvaluationConfig) -> None:
+    """Load the tasks and their data before training, so that one without a score stops the run before any compute.
+
+    Raises:
+        ConfigError: for a task none of whose metrics is the better the higher it is.
+    """
+    from harness.evaluation.isolation import undisturbed
+
+    with undisturbed(model), _quiet():
+        load_tasks(tuple(config.tasks), config.task_path, config.limit)
 
 
 def evaluate(
@@ -37,8 +48,8 @@ def evaluate(
         seed: of the sampling.
 
     Returns:
-        One row a task, in order: ``task``, ``score`` (the task's first metric), ``stderr`` (of that mean; NaN where
-        lm-eval has none) and ``n`` problems.
+        One row a task, in order: ``task``, ``score`` (the task's first metric that is the better the higher it is),
+        ``stderr`` (of that mean; NaN where lm-eval has none) and ``n`` problems.
     """
     from harness.evaluation.isolation import seed_everything, undisturbed
 
@@ -55,7 +66,8 @@ def evaluate(
             results = evaluator.evaluate(policy, tasks, limit=config.limit, log_samples=False)
     assert results is not None
     return [
-        _row(task, results["results"][task], results["n-samples"][task]["effective"]) for task in results["n-samples"]
+        _row(task, results["results"][task], results["higher_is_better"][task], results["n-samples"][task]["effective"])
+        for task in results["n-samples"]
     ]
 
 
@@ -67,7 +79,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
     """
     if config.task_path is not None and not Path(config.task_path).is_dir():
         raise ConfigError(f"evaluation.task_path={config.task_path}: no such folder; give one of lm-eval task YAMLs")
-    if set(config.tasks) <= {path.stem for path in _LOCAL_TASKS.glob("*.yaml")}:
+    if set(config.tasks) <= {path.stem for path in LOCAL_TASKS.glob("*.yaml")}:
         return  # known without importing lm-eval, which takes seconds
     local = _task_manager(config.task_path, False, config.limit).all_tasks
     unknown = [task for task in config.tasks if task not in local]
@@ -81,9 +93,10 @@ def check_evaluation(config: EvaluationConfig) -> None:
         )
 
 
-def _row(task: str, metrics: dict[str, Any], n: int) -> dict[str, Any]:
-    # Keys are "metric,filter" and "metric_stderr,filter", in the order of the task's metric_list.
-    key = next(key for key in metrics if "," in key and not key.partition(",")[0].endswith("_stderr"))
+def _row(task: str, metrics: dict[str, Any], higher_is_better: dict[str, bool], n: int) -> dict[str, Any]:
+    # Keys are "metric,filter" and "metric_stderr,filter", in the order of the task's metric_list. A report ranks by the
+    # score, so that a perplexity, which some tasks have first, must not be taken for one.
+    key = next(key for key in metrics if "," in key and higher_is_better.get(key.partition(",")[0]))
     metric, _, kind = key.partition(",")
     stderr = metrics.get(f"{metric}_stderr,{kind}", math.nan)
     # lm-eval says "N/A" where there is no standard error.
@@ -94,11 +107,17 @@ def _row(task: str, metrics: dict[str, Any], n: int) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def load_tasks(names: tuple[str, ...], task_path: str | None, limit: int) -> Any:
     """lm-eval's task objects, made once: their problems stay the same through a run. Tasks that generate them make
-    ``limit``."""
+    ``limit``. Raises as :func:`prepare_evaluation`."""
     local = _task_manager(task_path, False, limit)
     manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True, limit)
     loaded = manager.load(list(names))
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        if not any(task.higher_is_better().values()):
+            metrics = ", ".join(task.higher_is_better())
+            raise ConfigError(
+                f"evaluation.tasks has {name}: no metric of it ({metrics}) is the better the higher it is, as a score "
+                "must be; name another task, or give it such a metric, with higher_is_better: true"
+            )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
@@ -110,7 +129,7 @@ def _task_manager(task_path: str | None, include_bundled: bool, limit: int) -> "
     """lm-eval's index of tasks. Its bundled thousands take over ten seconds, so only where one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
-    paths = [_LOCAL_TASKS, *([Path(task_path)] if task_path else [])]
+    paths = [LOCAL_TASKS, *([Path(task_path)] if task_path else [])]
     return TaskManager(include_path=list(paths), include_defaults=include_bundled, metadata={"evaluation_limit": limit})
 
 

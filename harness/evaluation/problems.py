@@ -4,9 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import datasets
-from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.evaluation.entries import entry
 from harness.tasks import PromptStream
 from harness.tasks.verifiers import marked_answer_reward
 
@@ -25,7 +24,7 @@ def held_out(
         evaluation_limit: how many; fewer are the first of them. 512 where lm-eval's own command runs the task.
         _: lm-eval passes the rest of the task's metadata along.
     """
-    config = TaskConfig(**OmegaConf.to_container(OmegaConf.load(conf_dir() / "task" / f"{task}.yaml")))  # type: ignore
+    config = entry(task)
     config = replace(config, parameters={**config.parameters, **parameters})
     taken = PromptStream(config, _SEED, "evaluation").take(evaluation_limit)
     rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in taken]

@@ -75,11 +75,6 @@ def refuse_steps(run: RunConfig) -> None:
         raise NoEqual("task.step_verifier", "its rewards are one number a completion; set it to null")
 
 
-def steps_per_batch(run: RunConfig) -> int:
-    """Optimizer steps that follow one rollout batch."""
-    return run.algorithm.epochs * run.algorithm.minibatches
-
-
 def minibatch(run: RunConfig) -> int:
     """Completions in one optimizer step."""
     return run.rollout.completions_per_batch // run.algorithm.minibatches

@@ -13,7 +13,6 @@ from harness.exporting.translation import (
     page,
     refuse_steps,
     renamed,
-    steps_per_batch,
     translate,
 )
 from harness.validation import is_moe
@@ -178,7 +177,7 @@ def _loss(run: RunConfig, differs: list[str]) -> dict[str, Any]:
 
 def _check_surrogate(run: RunConfig) -> None:
     surrogate = run.algorithm.surrogate
-    if surrogate["name"] == "none" and steps_per_batch(run) > 1:
+    if surrogate["name"] == "none" and run.algorithm.steps_per_batch > 1:
         raise NoEqual(
             "algorithm.surrogate.name",
             "the policy gradient is always weighed by the importance ratio, which is 1 only with one optimizer step "

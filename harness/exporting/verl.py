@@ -11,7 +11,6 @@ from harness.exporting.translation import (
     page,
     refuse_steps,
     renamed,
-    steps_per_batch,
     translate,
 )
 from harness.exporting.verl_objective import ACTOR, ROLLOUT, aggregation, entropy, kl, loss, mismatch, selection
@@ -216,7 +215,7 @@ def _adamw(run: RunConfig, prefix: str, learning_rate: float, max_grad_norm: flo
 
 
 def _warmup_batches(run: RunConfig) -> int:
-    return math.ceil(run.algorithm.optimizer.warmup_updates / steps_per_batch(run))
+    return math.ceil(run.algorithm.optimizer.warmup_updates / run.algorithm.steps_per_batch)
 
 
 _TRANSLATORS = (

@@ -13,9 +13,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from harness.cell import run_alone
+from harness.config import read
 from harness.runs.directory import FINAL, RunDirectory, RunInUse, effective_status
 from harness.runs.reading import read_sweep
 from harness.sweep.slots import slot
@@ -46,8 +47,8 @@ def launch_cell(job: DictConfig) -> None:
     folder = Path(job.results) / job.sweep
     plan = read_sweep(folder)
     directory = RunDirectory(folder / plan["cells"][HydraConfig.get().job.num])
-    config = OmegaConf.load(directory.path / "config.yaml")
     while directory.read_status()["status"] not in FINAL:
+        config = read(directory.path / "config.yaml")
         _check_wanted(plan)
         with slot(folder / ".slots", config.device, config.threads) as units:
             process = _start(directory, config.device, config.threads, units)

@@ -3,7 +3,8 @@
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,12 +17,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, equal_part, typed
+from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
-from harness.runs.provenance import code_fingerprint
-from harness.sweep.tuning import tuned
+from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint
+from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Hydra makes of one combination of the overrides, before tuning and checks."""
+
+    overrides: Sequence[str]
+    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,15 @@ class Cell:
     declined: str | None
 
 
-def expand(config: DictConfig, loader: ConfigLoader) -> list[Cell]:
-    """Compose and check all cells of a multirun, in the order in which Hydra will number its jobs.
+def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
+    """Compose all jobs of a multirun, in the order in which Hydra will number them.
 
     Args:
         config: the multirun's configuration with its `hydra` node.
         loader: what Hydra composes jobs with; it knows `--config-dir`.
 
     Raises:
-        ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
+        ConfigError: for the first that cannot be composed.
     """
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
@@ -49,19 +58,33 @@ def expand(config: DictConfig, loader: ConfigLoader) -> list[Cell]:
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
-        cells = [_compose(config, loader, list(job)) for job in jobs]
+        return [_compose(config, loader, list(job)) for job in jobs]
     except HydraException as error:
         raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
+
+
+def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
+    """Tune and check the cells of a multirun.
+
+    Args:
+        jobs: of :func:`compose_jobs`.
+        rehearsal: take every cell as its own first trial, before there are trials to choose from.
+
+    Raises:
+        ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
+    """
+    cells = [_cell(job, rehearsal) for job in jobs]
     _check_comparable([cell.config for cell in cells])
     return cells
 
 
-def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
+def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool = False) -> None:
     """Refuse to put runs beside others that they could not be compared with.
 
     Args:
         folder: the sweep folder, or a run directory to look at that one alone.
         configs: the runs to be put there.
+        rehearsal: whether they are not tuned yet, so that the same cells may be there with the settings chosen before.
 
     Raises:
         ConfigError: saying what differs and what to do.
@@ -69,6 +92,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
     names = {config.run_name for config in configs}
     labels = {config.label: config for config in configs}
     equal = equal_part(configs[0])
+    inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
     files = [folder / "run.json"] if (folder / "run.json").exists() else sorted(folder.glob("*/run.json"))
     for directory in (RunDirectory(file.parent) for file in files):
         if not _holds_results(directory):
@@ -77,7 +101,10 @@ def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
         code = run["provenance"]["code"]
         if code != code_fingerprint():
             raise _mixing(there, f"was made by other code ({code}, now {code_fingerprint()})")
-        found = OmegaConf.to_container(OmegaConf.load(there / "config.yaml"))
+        changed = changed_input(run["provenance"], inputs)
+        if changed:
+            raise _mixing(there, f"was made with another {changed}")
+        found = OmegaConf.to_container(read(there / "config.yaml"))
         assert isinstance(found, dict)
         difference = _first_difference({key: found.get(key) for key in equal}, equal)
         if difference:
@@ -87,7 +114,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig]) -> None:
             if known and found[section] not in known:
                 difference = _first_difference(found[section], known[0], section)
                 raise _mixing(there, f"was made with another {difference}")
-        if run["label"] in labels and there.name not in names:
+        if run["label"] in labels and there.name not in names and not rehearsal:
             planned = asdict(labels[run["label"]])
             difference = _first_difference(
                 {key: found.get(key) for key in CELL_KEYS}, {key: planned[key] for key in CELL_KEYS}
@@ -113,9 +140,14 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
     replace_file(folder / "sweep.json", lambda file: file.write(text.encode()))
 
 
-def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
-    try:
-        run = typed(loader.load_sweep_config(config, job))
+def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Job:
+    with _naming(overrides):
+        return Job(overrides, typed(loader.load_sweep_config(config, overrides)))
+
+
+def _cell(job: Job, rehearsal: bool) -> Cell:
+    with _naming(job.overrides):
+        run = rehearsed(job.config) if rehearsal else job.config
         declined = _declined(run)
         if run.tuning is not None:
             try:
@@ -124,8 +156,15 @@ def _compose(config: DictConfig, loader: ConfigLoader, job: list[str]) -> Cell:
                 return Cell(run, declined or str(error))
             declined = _declined(run)
         return Cell(run, declined)
+
+
+@contextmanager
+def _naming(overrides: Sequence[str]) -> Iterator[None]:
+    """Have errors say of which cell they are."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{error}\n(in the cell {' '.join(job)})") from error
+        raise ConfigError(f"{error}\n(in the cell {' '.join(overrides)})") from error
 
 
 def _declined(run: RunConfig) -> str | None:

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import make_console, read_cell, summary, table
-from harness.sweep.plan import Cell, check_folder, expand, freeze
+from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
 from harness.sweep.progress import Progress
-from harness.sweep.tuning import run_trials
+from harness.sweep.tuning import run_trials, wants_trials
 
 _PATIENCE = 15.0  # seconds that interrupted cells get to say so
 
@@ -32,11 +33,18 @@ def start(config: DictConfig) -> None:
     """Plan, freeze and show a multirun, and watch it until :func:`finish`; where it is to be tuned, the trials first.
 
     Raises:
-        SystemExit: with status 2 where the plan cannot run; nothing has been written then.
+        SystemExit: with status 2 where the plan cannot run; nothing has been written then, but for trials that turn out
+            not to be all over. With the status of the trials' command where that was stopped.
     """
     try:
-        run_trials(config)
-        cells = expand(config, GlobalHydra.instance().config_loader())
+        check_sources(config.hydra)
+        jobs = compose_jobs(config, GlobalHydra.instance().config_loader())
+        if wants_trials(config):
+            # All that needs no trials is checked before they cost anything.
+            rehearsal = [cell.config for cell in expand(jobs, rehearsal=True)]
+            check_folder(rehearsal[0].run_dir.parent, rehearsal, rehearsal=True)
+            run_trials(config)
+        cells = expand(jobs)
         configs = [cell.config for cell in cells]
         folder = configs[0].run_dir.parent
         check_folder(folder, configs)

@@ -2,11 +2,12 @@
 
 import sys
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.text import Text
 
 from harness.cell import EXIT_CODES, prepare, run_cell
-from harness.config import validate
+from harness.config import check_sources, validate
 from harness.errors import ConfigError
 from harness.runs.reading import SWEEP
 from harness.status import make_console, read_cell, table
@@ -22,6 +23,7 @@ def run_single(job: DictConfig) -> None:
             the run failed or was interrupted.
     """
     try:
+        check_sources(HydraConfig.get())
         config = validate(job)
         folder = config.run_dir.parent
         # Loose runs may differ in anything; beside the cells of a sweep a run must be comparable with them.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from harness import machine
+
 
 def parallel_cells(device: str, threads: int) -> int:
     """Cells that run at once on this machine: one for every `threads` CPU cores, or one for every GPU."""
@@ -49,14 +51,9 @@ def slot(folder: Path, device: str, threads: int) -> Iterator[Sequence[str]]:
 def _slots(device: str, threads: int) -> list[list[str]]:
     if device == "cuda":
         return [[gpu] for gpu in _gpus()]
-    cores = _cores()
+    cores = [str(core) for core in machine.cores()]
     count = max(1, len(cores) // threads)
     return [cores[i * threads : (i + 1) * threads] for i in range(count)]
-
-
-def _cores() -> list[str]:
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return [str(core) for core in sorted(allowed)]
 
 
 def _gpus() -> list[str]:

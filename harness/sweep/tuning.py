@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import AlgorithmConfig, RunConfig
+from harness.config import AlgorithmConfig, RunConfig, TuningConfig
 from harness.errors import ConfigError, Declined
-from harness.runs.reading import NoRuns
+from harness.runs.reading import NoRuns, read_sweep
 from harness.runs.trials import TRIALS, best_trials, trial_scores
 
 _ORDER = 0  # seed of the draw from a search space
@@ -43,6 +46,30 @@ def tuned(run: RunConfig) -> RunConfig:
             )
         return _with_settings(run, draw(run.algorithm, run.tuning.trials)[run.tuning.trial])
     return _with_settings(run, _best(run))
+
+
+def wants_trials(config: DictConfig) -> bool:
+    """Whether a multirun is a comparison that is to be tuned, and not the trials of one."""
+    return config.tuning is not None and Path(config.sweep).name != TRIALS
+
+
+def rehearsed(run: RunConfig) -> RunConfig:
+    """A run of a comparison as its own first trial: what can be checked of it before there are any.
+
+    Raises:
+        ConfigError: for a number of trials, a trial, or a seed that cannot be.
+    """
+    if run.tuning is None:
+        return run
+    if run.tuning.trials < 1:
+        raise ConfigError(f"tuning.trials={run.tuning.trials}: must be at least 1; leave out tuning for none")
+    if run.tuning.trial is not None:
+        raise ConfigError("tuning.trial is for the trials, which this command starts by itself: leave it null")
+    if run.seed in _trial_seeds(run.tuning):
+        raise ConfigError(
+            f"seed={run.seed}: tuning.overrides give it to the trials; compare on seeds that they have not seen"
+        )
+    return replace(run, tuning=replace(run.tuning, trial=0))
 
 
 def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
@@ -71,18 +98,11 @@ def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
 def run_trials(config: DictConfig) -> None:
     """Before a sweep that is to be tuned: run its trials, with the command line that asked for it.
 
-    Does nothing where nothing is tuned, or where the command is for trials itself.
+    Trials that failed stop nothing: they count as the worst.
 
     Raises:
-        ConfigError: for a number of trials, or a trial, that cannot be.
-        SystemExit: with the status of the trials' command where not all of them came to an end.
+        SystemExit: with the status of the trials' command where their plan could not run or they were interrupted.
     """
-    if config.tuning is None or Path(config.sweep).name == TRIALS:
-        return
-    if config.tuning.trials < 1:
-        raise ConfigError(f"tuning.trials={config.tuning.trials}: must be at least 1; leave out tuning for none")
-    if any(override.startswith("tuning.trial=") for override in config.hydra.overrides.task):
-        raise ConfigError("tuning.trial is for the trials, which this command starts by itself: leave it null")
     trials = ",".join(map(str, range(config.tuning.trials)))
     overrides = [f"sweep={config.sweep}/{TRIALS}", f"tuning.trial={trials}", *config.tuning.overrides]
     process = subprocess.Popen([sys.executable, "-m", "harness.run", *sys.argv[1:], *overrides])
@@ -94,8 +114,27 @@ def run_trials(config: DictConfig) -> None:
         process.terminate()
         process.wait(_PATIENCE)
         raise
-    if code:
-        raise SystemExit(code)
+    # Status 1 is of a trial that failed, but without a plan of that command's own, of Hydra that refused it.
+    failed = code == 1 and read_sweep(Path(config.results) / config.sweep / TRIALS).get("pid") == process.pid
+    if code and not failed:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _trial_seeds(tuning: TuningConfig) -> set[Any]:
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(tuning.overrides))
+        seeds = [override for override in overrides if override.key_or_group == "seed"]
+        values = [
+            value for seed in seeds for value in (seed.sweep_iterator() if seed.is_sweep_override() else [seed.value()])
+        ]
+    except HydraException as error:
+        raise ConfigError(f"tuning.overrides={list(tuning.overrides)}: {error}") from error
+    if not values:
+        raise ConfigError(
+            "tuning.overrides give the trials no seed, so that they would use up those of the comparison: add some, "
+            "e.g. seed=1000"
+        )
+    return set(values)
 
 
 def _best(run: RunConfig) -> dict[str, Any]:
@@ -121,7 +160,9 @@ def _best(run: RunConfig) -> dict[str, Any]:
         )
     best = best_trials(mine)
     if best.empty or mine["trial"].nunique() < run.tuning.trials:
-        raise ConfigError(f"tuning: the trials of {who} in {folder} are not all there: {mend}")
+        over = mine["status"].isin(["done", "diverged", "failed", "skipped"])
+        waiting = f" ({', '.join(mine.loc[~over, 'run'])} not over)" if not over.all() else ""
+        raise ConfigError(f"tuning: the trials of {who} in {folder} are not all there{waiting}: {mend}")
     if np.isneginf(best["score"].item()):
         raise Declined(f"tuning: every trial of {who} in {folder} diverged or failed: there is nothing to choose from")
     settings: Sequence[dict[str, Any]] = mine.loc[mine["trial"] == best["trial"].item(), "settings"].tolist()

@@ -10,9 +10,10 @@ from typing import Any
 from harness.config import TaskConfig
 from harness.errors import ConfigError
 
-# Each problem falls into one of 100 buckets by the content of its prompt, and each split owns some of them. So no two
-# splits ever share a problem, whatever their seeds and parameters: longer sums held out for evaluation, say, are never
-# met when a run trains on longer sums.
+# Each problem falls into one of 100 buckets by its prompt, and each split owns some of them. So no two splits ever
+# share a problem, whatever their seeds and parameters: longer sums held out for evaluation, say, are never met when a
+# run trains on longer sums. That takes one template for all splits, since the same problem in other words falls
+# elsewhere: `harness.validation` refuses an evaluation that asks the problems of a run by another one.
 BUCKETS = 100
 SPLITS: dict[str, range] = {
     "evaluation": range(0, 10),

@@ -135,6 +135,19 @@ def test_a_folder_of_the_users_own_tasks_is_read(markov_policy, tokenizer, evalu
     assert rows[0]["score"] == rows[1]["score"]
 
 
+def test_the_score_is_the_first_metric_that_is_the_better_the_higher(markov_policy, tokenizer, evaluation, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(doc, results):\n    return {'loss': 7.0, 'acc': 1.0}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {LOCAL_TASKS / 'chain_sum_held_out.yaml'}\ntask: mine\nprocess_results: !function judge.judge\n"
+        "metric_list:\n  - {metric: loss, aggregation: mean, higher_is_better: false}\n"
+        "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    (row,) = evaluate(
+        markov_policy(FOUR), tokenizer, replace(evaluation, tasks=["mine"], task_path=str(tmp_path)), seed=0
+    )
+    assert row["score"] == 1.0
+
+
 def test_unknown_tasks_and_folders_stop_before_compute(evaluation, tmp_path):
     check_evaluation(evaluation)
     with pytest.raises(ConfigError, match=r"chain_sum_hold_out: .*own are chain_sum_held_out, chain_sum_longer"):

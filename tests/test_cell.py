@@ -1,0 +1,42 @@
+"""What a planned run refuses to start with: other code, plugins or data than it was planned with."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from harness.cell import run_cell
+from harness.runs.directory import METRICS
+from tests.tiny_run import lines, planned
+
+
+def _failed(directory):
+    """Why a run failed before its first step."""
+    assert run_cell(directory) == "failed"
+    assert lines(directory, METRICS) == []
+    return directory.read_status()["reason"]
+
+
+def test_a_run_that_was_planned_with_other_code_fails_and_says_so(tmp_path, cold_starts):
+    directory = planned(tmp_path)
+    directory.update_status(provenance=directory.read_status()["provenance"] | {"code": "000000000000"})
+    expected = r"the code has changed since this run was planned \(000000000000, now \w{12}\): .* another sweep=NAME"
+    assert re.search(expected, _failed(directory))
+
+
+@pytest.mark.parametrize("edited", ["rows.jsonl", "my_part.py"])
+def test_a_run_whose_data_or_plugin_was_edited_since_its_plan_fails_and_says_so(
+    tmp_path, cold_starts, monkeypatch, edited
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_part", raising=False)  # that of the other case
+    (tmp_path / "my_part.py").write_text('"""A plugin that adds nothing."""\n')
+    rows = [json.dumps({"question": f"{n} + {n} =", "answer": f"#### {2 * n}"}) for n in range(10, 60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = ["task=gsm8k", f"task.path={tmp_path}/rows.jsonl", "task.prompt='{question}'", "task.max_prompt_tokens=20"]
+    directory = planned(tmp_path, "plugins=[tests.tiny_run,my_part]", *data)
+    with open(tmp_path / edited, "a") as file:
+        file.write("\n")
+    name = re.escape(edited.removesuffix(".py"))
+    assert re.search(rf"{name} \(\w{{12}}, now \w{{12}}\) has changed since this run was planned", _failed(directory))
