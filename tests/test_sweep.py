@@ -432,6 +432,26 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algorithm=grpo"], "sweep=runs is for single runs, which may differ in anything: give sweep=NAME"),
+        (["sweep=s", "algorithm=grpo,no_yaml"], "an entry is not YAML: "),
+        (["sweep=s", "plugins=[no_python]"], "plugins: no_python: SyntaxError: "),
+        (["experiment=tuned", "sweep=s", "tuning.trials=two"], "tuning.trials"),
+        (["sweep=s", "results=/proc/nowhere"], "results=/proc/nowhere: "),
+    ],
+)
+def test_what_stops_the_plan_of_a_sweep_launches_nothing(workplace, arguments, message):
+    """Of any other error than an exit Hydra would warn, and launch the jobs of whatever plan the folder has."""
+    Path("mine/algorithm/no_yaml.yaml").write_text("name: [mine\n")
+    Path("no_python.py").write_text("def\n")
+    refused = _run("-m", *arguments)
+    assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+    assert not Path("results").exists() or not list(Path("results").glob("*/*/"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("multirun", [[], ["-m"]])
 def test_an_entry_that_ours_would_be_taken_for_stops_the_command(workplace, multirun):
     Path("mine/algorithm/grpo.yaml").write_text("name: mine\n")

@@ -15,6 +15,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
@@ -23,6 +24,9 @@ from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint
 from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
+
+
+_SINGLE_RUNS = "runs"  # what conf/config.yaml calls the folder of runs that belong to no sweep
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
         return [_compose(config, loader, list(job)) for job in jobs]
     except HydraException as error:
         raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
+    except YAMLError as error:
+        raise ConfigError(f"an entry is not YAML: {error}") from error
 
 
 def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
@@ -178,6 +184,8 @@ def _declined(run: RunConfig) -> str | None:
 
 def _check_comparable(configs: Sequence[RunConfig]) -> None:
     first, seen = configs[0], set()
+    if first.sweep == _SINGLE_RUNS:
+        raise ConfigError(f"sweep={_SINGLE_RUNS} is for single runs, which may differ in anything: give sweep=NAME")
     for config in configs:
         if config.run_dir.parent != first.run_dir.parent:
             raise ConfigError(f"sweep: the cells would go to {first.run_dir.parent} and {config.run_dir.parent}")

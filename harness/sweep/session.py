@@ -2,6 +2,7 @@
 
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -53,6 +54,12 @@ def start(config: DictConfig) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
+    except OSError as error:
+        print(f"results={config.results}: {error}: nothing can be kept there", file=sys.stderr)
+        raise SystemExit(2) from error
+    except Exception as error:  # of which Hydra would only warn, and launch what an earlier plan there says
+        traceback.print_exc()
+        raise SystemExit(1) from error
     console = make_console()
     _print_plan(console, folder, cells)
     _directories.extend(RunDirectory(config.run_dir) for config in configs)
@@ -109,6 +116,8 @@ def _record_interrupted(directories: Sequence[RunDirectory], patience: float) ->
             try:
                 with directory.lock():
                     directory.update_status(status="interrupted", reason="stopped from outside")
+            except OSError:  # a full disk: status says "interrupted" of a run whose process is gone
+                break
             except RunInUse:  # still ending, or another command's
                 if time.monotonic() > deadline:
                     break

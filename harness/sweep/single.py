@@ -35,6 +35,9 @@ def run_single(job: DictConfig) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
+    except OSError as error:
+        print(f"results={job.results}: {error}: nothing can be kept there", file=sys.stderr)
+        raise SystemExit(2) from error
     console.print(table([read_cell(directory.path)]))
     console.print(Text(str(directory.path)), soft_wrap=True)
     if EXIT_CODES[status]:
