@@ -358,7 +358,10 @@ def typed(config: "DictConfig") -> RunConfig:
     try:
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"expected a list: give {error.full_key}=[…]"
+        raise ConfigError(f"{error.full_key!r}: {reason}") from error
     assert isinstance(run, RunConfig)
     return run
 
@@ -415,7 +418,9 @@ def _check_keys(values: "DictConfig", schema: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: no such key; the keys here are {', '.join(types)}")
     for key, annotation in types.items():
         if key not in list(values):
-            raise ConfigError(f"{prefix}{key} is absent: add it to the YAML entry")
+            raise ConfigError(
+                f"{prefix}{key} is absent: add it to the YAML entry, or to its defaults an entry that has it"
+            )
         nested = next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
         child = values._get_node(key)
         if nested and isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():

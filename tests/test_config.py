@@ -23,6 +23,7 @@ from harness.errors import ConfigError
             ["+algorithm.surrogate.clip_hihg=0.3"],
             r"algorithm\.surrogate\.clip_hihg: 'clip' has no such setting.*clip_high",
         ),
+        (["evaluation.tasks=chain_sum_held_out"], r"expected a list: give evaluation\.tasks=\[…\]"),
         (["~algorithm.surrogate.clip_high"], r"algorithm\.surrogate\.clip_high is absent"),
         (
             ["algorithm.surrogate.clip_high=wide"],

@@ -25,7 +25,7 @@ def prepare_evaluation(model: "PreTrainedModel", config: EvaluationConfig) -> No
     """Load the tasks and their data before training, so that one without a score stops the run before any compute.
 
     Raises:
-        ConfigError: for a task none of whose metrics is the better the higher it is.
+        ConfigError: for a task whose data cannot be read, or none of whose metrics is the better the higher it is.
     """
     from harness.evaluation.isolation import undisturbed
 
@@ -110,7 +110,11 @@ def load_tasks(names: tuple[str, ...], task_path: str | None, limit: int) -> Any
     ``limit``. Raises as :func:`prepare_evaluation`."""
     local = _task_manager(task_path, False, limit)
     manager = local if set(names) <= set(local.all_tasks) else _task_manager(task_path, True, limit)
-    loaded = manager.load(list(names))
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # of whatever library reads a task's data
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"evaluation.tasks={list(names)} cannot be loaded; are their data within reach? ({reason})")
     for name, task in loaded["tasks"].items():
         if not any(task.higher_is_better().values()):
             metrics = ", ".join(task.higher_is_better())

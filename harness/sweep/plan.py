@@ -25,7 +25,6 @@ from harness.runs.provenance import changed_input, code_fingerprint, inputs_fing
 from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
 
-
 _SINGLE_RUNS = "runs"  # what conf/config.yaml calls the folder of runs that belong to no sweep
 
 

@@ -14,7 +14,7 @@ import torch
 
 import harness
 from harness.errors import ConfigError
-from harness.evaluation import check_evaluation, evaluate
+from harness.evaluation import check_evaluation, evaluate, prepare_evaluation
 from harness.evaluation.problems import held_out
 from harness.policy.loading import weights_hash
 
@@ -154,6 +154,17 @@ def test_unknown_tasks_and_folders_stop_before_compute(evaluation, tmp_path):
         check_evaluation(replace(evaluation, tasks=["chain_sum_longer", "chain_sum_hold_out"]))
     with pytest.raises(ConfigError, match=r"evaluation\.task_path=.*no such folder"):
         check_evaluation(replace(evaluation, task_path=str(tmp_path / "absent")))
+
+
+def test_data_that_cannot_be_read_stop_a_run_before_it_is_trained(markov_policy, evaluation, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: /absent/problems.jsonl}\ntest_split: train\n"
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.tasks=\['mine'\] cannot be loaded; are their data within reach"
+    ):
+        prepare_evaluation(markov_policy(FOUR), replace(evaluation, tasks=["mine"], task_path=str(tmp_path)))
 
 
 @pytest.mark.slow
