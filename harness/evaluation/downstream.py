@@ -114,7 +114,9 @@ def load_tasks(names: tuple[str, ...], task_path: str | None, limit: int) -> Any
         loaded = manager.load(list(names))
     except Exception as error:  # of whatever library reads a task's data
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"evaluation.tasks={list(names)} cannot be loaded; are their data within reach? ({reason})")
+        raise ConfigError(
+            f"evaluation.tasks={list(names)} cannot be loaded; are their data within reach? ({reason})"
+        ) from error
     for name, task in loaded["tasks"].items():
         if not any(task.higher_is_better().values()):
             metrics = ", ".join(task.higher_is_better())

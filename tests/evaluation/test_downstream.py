@@ -161,9 +161,7 @@ def test_data_that_cannot_be_read_stop_a_run_before_it_is_trained(markov_policy,
         "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: /absent/problems.jsonl}\ntest_split: train\n"
         "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
     )
-    with pytest.raises(
-        ConfigError, match=r"evaluation\.tasks=\['mine'\] cannot be loaded; are their data within reach"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks=\['mine'\] cannot be loaded; are their data"):
         prepare_evaluation(markov_policy(FOUR), replace(evaluation, tasks=["mine"], task_path=str(tmp_path)))
 
 
