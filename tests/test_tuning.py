@@ -77,6 +77,16 @@ def test_a_comparison_that_cannot_run_stops_before_its_trials(tmp_path, override
     assert ended.returncode == 2 and message in ended.stderr and not list(tmp_path.iterdir())
 
 
+def test_trials_that_hydra_refuses_stop_the_comparison_though_there_are_earlier_ones(tmp_path):
+    _trials(tmp_path / "tuned" / "trials", [0.1] * 5)
+    cell = [f"results={tmp_path}", "algorithm=gspo", "model=tiny_dense", "seed=0"]
+    command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cell]
+    command.append('tuning.overrides=["seed=1000","bugdet.axis=tokens"]')
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
+    assert ended.returncode == 1 and "bugdet" in ended.stderr
+    assert not list((tmp_path / "tuned").glob("gspo-*"))
+
+
 def test_a_trial_has_the_settings_that_were_drawn_for_it(tmp_path):
     runs = [_compose(tmp_path, f"tuning.trial={trial}") for trial in range(5)]
     assert sorted(run.algorithm.optimizer.learning_rate for run in runs) == _RATES
