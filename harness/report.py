@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from harness.analysis.joining import join
-from harness.analysis.page import Report, write_report
+from harness.analysis.page import Report, counted, write_report
 from harness.analysis.sweep import read_sweep
 from harness.analysis.table import Table
 from harness.analysis.view import viewed
@@ -87,10 +87,13 @@ def _announce(report: Report) -> None:
     console = make_console()
     if report.scores.rows:
         console.print(_rich(report.scores))
-    if report.unfinished:
-        counts = ", ".join(f"{count} {status}" for status, count in report.unfinished.items())
-        console.print(Text(f"{counts}: this is not the whole comparison, see the report", style="bold red"))
-    console.print(Text(", ".join(f"{count} {status}" for status, count in report.counts.items())))
+    for counts, meaning in (
+        (report.unfinished, "this is not the whole comparison, see the report"),
+        (report.wrong, "in comparisons of scores these count as the worst"),
+    ):
+        if counts:
+            console.print(Text(f"{counted(counts)}: {meaning}", style="bold red"))
+    console.print(Text(counted(report.counts)))
     for name in ("report.html", "report.md", "figures", "tables"):
         console.print(Text(str(report.folder / name)), soft_wrap=True)
 

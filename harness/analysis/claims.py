@@ -134,7 +134,8 @@ def claims_table(sweep: Sweep) -> Table:
         "Supported: the 95 % interval, in brackets, lies wholly where the hypothesis says. Not supported: wholly "
         "elsewhere. Undecided: neither. Several hypotheses must hold together. Intervals: paired t of differences and, "
         "on a log scale, of ratios; Newcombe's of probabilities; studentised bootstrap of means; none is corrected for "
-        "many claims. Scores are those at the end of the budget, and runs that diverged or failed count as the worst; "
+        "many claims. Scores are those at the end of the budget (of what is measured at every step, the mean over the "
+        "last tenth of a run's steps), and runs that diverged or failed count as the worst; "
         "clip fractions, expert changes and costs are of finished runs. Two algorithms are compared on "
         f"{least_pairs(1)} equal seeds or more. Outcomes are about the models, tasks and budget of this sweep."
     )

@@ -8,7 +8,7 @@ import pandas as pd
 
 from harness.analysis.aggregates import summary
 from harness.analysis.intervals import median_interval, share_interval
-from harness.analysis.scores import COUNTED, Metric, axes, common_budget, histories, scores
+from harness.analysis.scores import COUNTED, Metric, axes, cold_starts, common_budget, histories, scores
 from harness.analysis.sweep import Sweep
 from harness.analysis.verdicts import Verdict, leaders, verdicts
 
@@ -20,9 +20,11 @@ class EqualBudget:
     """The comparison at one budget axis.
 
     Attributes:
-        budgets: by setting, the largest that all finished runs reached, in the axis's unit.
+        budgets: by setting, the largest that all finished runs reached, in the axis's unit; a setting in which none
+            has finished has none, and nothing is compared in it.
         means: :func:`harness.analysis.aggregates.summary` of the scores there, each setting by itself, with the columns
             axis and budget.
+        verdicts: on all pairs of a setting.
     """
 
     axis: str
@@ -31,18 +33,22 @@ class EqualBudget:
     verdicts: list[Verdict]
 
 
-def equal_budgets(sweep: Sweep, metric: Metric, baseline: str | None = None) -> list[EqualBudget]:
+def equal_budgets(sweep: Sweep, metric: Metric) -> list[EqualBudget]:
     """Compare at an equal budget on every axis that is recorded with the metric, the one that ended the runs first.
 
-    Holm's correction is for the pairs of a setting on one axis, not for the axes.
+    Holm's correction is for the pairs of a setting on one axis, not for the axes. All pairs are compared, also where
+    the sweep has a baseline: who is in front is a question about all.
     """
     found = []
     for axis in axes(sweep, metric):
         rows, budgets = scores(sweep, metric, axis), common_budget(histories(sweep, metric, axis))
+        rows = rows[rows["setting"].isin(budgets)]
+        if rows.empty:
+            continue
         means = pd.concat([summary(here) for _, here in rows.groupby("setting", sort=False)], ignore_index=True)
         means.insert(2, "axis", axis)
         means.insert(3, "budget", means["setting"].map(budgets))
-        found.append(EqualBudget(axis, budgets, means, verdicts(rows, metric, sweep.variants, baseline=baseline)))
+        found.append(EqualBudget(axis, budgets, means, verdicts(rows, metric, sweep.variants)))
     return found
 
 
@@ -50,8 +56,8 @@ def winners(found: Sequence[EqualBudget]) -> pd.DataFrame:
     """Who is in front at an equal budget, axis by axis.
 
     Returns:
-        setting, axis, budget, highest (the variant with the highest mean), unbeaten (list of the variants that none is
-        better than by verdict; empty where there are too few runs).
+        setting, axis, budget, highest (the variant with the highest mean), unbeaten (list of the ranked variants that
+        none is better than by verdict; empty where there are too few runs).
     """
     lines = []
     for one in found:
@@ -73,18 +79,17 @@ def axis_findings(found: Sequence[EqualBudget]) -> list[str]:
     ]
 
 
-def default_targets(rows: pd.DataFrame, least: float = 0.0, parts: Sequence[float] = TARGETS) -> dict[str, list[float]]:
-    """By setting: parts of the way from the cold start to the best variant's end.
+def default_targets(sweep: Sweep, metric: Metric, parts: Sequence[float] = TARGETS) -> dict[str, list[float]]:
+    """By setting: parts of the way from the cold start to the best variant's end, on the axis of the sweep.
 
-    Args:
-        rows: of :func:`harness.analysis.scores.histories`. Settings without finished runs have no target.
-        least: what is not gained by more than this is not gained: there is no way then, and no target on it.
+    There is no target without finished runs, where the cold start was not measured, or where no more than the metric's
+    margin was gained, which is no way.
     """
-    targets = {}
+    targets, rows = {}, histories(sweep, metric, sweep.axis)
     for setting, here in rows[rows["status"] == "done"].groupby("setting", sort=False):
-        start = here.groupby("run")["y"].first().mean()
+        start = cold_starts(here, metric).mean()
         best = here.groupby(["variant", "run"])["y"].last().groupby("variant").mean().max()
-        if best - start > least:
+        if best - start > metric.margin:
             targets[str(setting)] = [float(start + part * (best - start)) for part in parts]
     return targets
 
@@ -170,12 +175,22 @@ def _axis_finding(setting: str, here: pd.DataFrame, reversed_pairs: Sequence[str
         by_leader.setdefault(str(line.highest), []).append(str(line.axis))
     if len(by_leader) == 1:
         (name, axes), *_ = by_leader.items()
-        alone = list(here.loc[here["unbeaten"].map(len) == 1, "axis"])
-        verdict = f"by verdict it alone is unbeaten at equal {_words(alone)}" if alone else "by verdict it is not alone"
-        return f"On {setting}, {name} has the highest mean at equal {_words(axes)}; {verdict}."
+        return f"On {setting}, {name} has the highest mean at equal {_words(axes)}; by verdict {_alone(here, name)}."
     parts = [f"{name}'s at equal {_words(axes)}" for name, axes in by_leader.items()]
     certain = f"By verdict: {'; '.join(reversed_pairs)}" if reversed_pairs else "No verdict turns round with the axis"
     return f"On {setting}, the highest mean changes with the axis: it is {'; '.join(parts)}. {certain}."
+
+
+def _alone(here: pd.DataFrame, highest: str) -> str:
+    """Who alone is unbeaten, and where: not always the one with the highest mean, which is also of unpaired runs."""
+    alone: dict[str, list[str]] = {}
+    for axis, unbeaten in zip(here["axis"], here["unbeaten"], strict=True):
+        if len(unbeaten) == 1:
+            alone.setdefault(unbeaten[0], []).append(axis)
+    parts = [
+        f"{'it' if name == highest else name} alone is unbeaten at equal {_words(axes)}" for name, axes in alone.items()
+    ]
+    return ", ".join(parts) or "none alone is unbeaten"
 
 
 def _words(axes: Sequence[str]) -> str:

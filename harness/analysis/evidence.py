@@ -19,7 +19,7 @@ from harness.analysis.efficiency import (
 )
 from harness.analysis.fairness import speed_checks
 from harness.analysis.scaling import ScalingFit, scaling_fits
-from harness.analysis.scores import Metric, headline_metric, histories, scores
+from harness.analysis.scores import Metric, headline_metric, scores
 from harness.analysis.sweep import Sweep
 from harness.analysis.verdicts import Verdict, verdicts
 
@@ -30,6 +30,17 @@ _SECONDS = "device_seconds"
 def headline_label(sweep: Sweep) -> str:
     """The metric's name in a sentence."""
     return _label(headline_metric(sweep))
+
+
+def headline_end(sweep: Sweep) -> str:
+    """The metric and where it is compared, in a sentence."""
+    return f"{headline_label(sweep)} at the end of the budget{headline_smoothing(sweep)}"
+
+
+def headline_smoothing(sweep: Sweep) -> str:
+    """What is to be added to a sentence about values of the metric, where these are means over steps."""
+    metric = headline_metric(sweep)
+    return "" if metric is None else metric.smoothing
 
 
 def level_label(sweep: Sweep) -> str:
@@ -61,9 +72,9 @@ def headline_improvements(sweep: Sweep) -> pd.DataFrame:
 
 @lru_cache(maxsize=1)
 def headline_equal_budgets(sweep: Sweep) -> list[EqualBudget]:
-    """The comparison at an equal budget on every axis."""
+    """The comparison of all with all at an equal budget on every axis."""
     metric = headline_metric(sweep)
-    return [] if metric is None else equal_budgets(sweep, metric, baseline=sweep.baseline)
+    return [] if metric is None else equal_budgets(sweep, metric)
 
 
 def headline_times(sweep: Sweep) -> pd.DataFrame:
@@ -71,8 +82,7 @@ def headline_times(sweep: Sweep) -> pd.DataFrame:
     level = _level(sweep)
     if level is None:
         return pd.DataFrame()
-    targets = default_targets(histories(sweep, level, sweep.axis), level.margin)
-    return time_to_target(run_times(sweep, level, sweep.axis, targets))
+    return time_to_target(run_times(sweep, level, sweep.axis, default_targets(sweep, level)))
 
 
 @lru_cache(maxsize=1)

@@ -10,20 +10,22 @@ from matplotlib.axes import Axes
 from harness.analysis.aggregates import profiles
 from harness.analysis.efficiency import EqualBudget
 from harness.analysis.evidence import (
+    headline_end,
     headline_equal_budgets,
     headline_improvements,
     headline_label,
     headline_scaling_fits,
     headline_scores,
+    headline_smoothing,
     headline_verdicts,
     seconds_doubt,
 )
 from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
 from harness.analysis.panels import absent_cells, legend, panels, title
 from harness.analysis.scaling import ScalingFit
-from harness.analysis.style import Drawing, Look, Unit, looks, unit
+from harness.analysis.style import Drawing, Look, Unit, looks, plain, unit
 from harness.analysis.sweep import Sweep
-from harness.analysis.verdicts import Verdict, leaders
+from harness.analysis.verdicts import Verdict, beaten
 
 _LINE = 0.165  # inches that an interval takes
 _MOST_PAIRS = 28  # of one setting, as many as eight variants have
@@ -44,7 +46,8 @@ def pairwise(sweep: Sweep) -> Drawing | None:
     chances = headline_improvements(sweep).drop(columns="n")
     data = data.merge(chances, on=_PAIR, suffixes=("", "_of_probability"))
     heights = [_LINE * count + 0.55 for count in data.groupby("setting", sort=False).size()]
-    figure, grid = panels(2, heights, sharey="row")
+    names = list(data["first"] + " − " + data["second"])
+    figure, grid = panels(2, heights, beside=names)
     look = looks(sweep)
     for (difference, chance), (setting, here) in zip(grid, data.groupby("setting", sort=False), strict=True):
         for place, line in enumerate(here.to_dict("records")):
@@ -60,17 +63,17 @@ def pairwise(sweep: Sweep) -> Drawing | None:
         for axes, middle in ((difference, 0.0), (chance, 0.5)):
             axes.axvline(middle, color="#888888", linewidth=0.8)
             axes.set_title(title(str(setting)))
-        _label_lines(difference, range(len(here)), list(here["first"] + " − " + here["second"]))
-    grid[-1, 0].set_xlabel(f"Difference in {headline_label(sweep)}")
+        _label_lines(difference, range(len(here)), [names[place] for place in here.index])
+    grid[-1, 0].set_xlabel(f"Difference in {plain(headline_label(sweep))}")
     grid[-1, 1].set_xlabel("Chance that the first is higher")
     left_out = f" Of a model with more than {_MOST_PAIRS} pairs only those with the variant that has the highest mean."
     band = f"; within the grey band, ±{margin:g}, it does not matter" if margin else ""
     caption = (
-        f"{headline_label(sweep)} at the end of the budget. Left: mean difference of runs that share a seed, first "
+        f"{headline_end(sweep)}. Left: mean difference of runs that share a seed, first "
         f"minus second, with its 95 % t interval{band}. Right: "
         "probability that a run of the first scores higher than a run of the second, with Newcombe's 95 % interval. "
         f"Filled, in the colour of the better one: better by verdict (paired t test, after Holm for the pairs of a "
-        f"model); open: undecided, or no difference that matters. {_n(data['n'], 'pairs of runs')}. {_WORST}."
+        f"model); open: undecided, too few, or no difference that matters. {_n(data['n'], 'pairs of runs')}. {_WORST}."
     )
     caption += left_out if len(shown) < len(pairs) else ""
     return Drawing("pairwise", "Pairs at the end of the budget", caption, figure, data)
@@ -85,7 +88,7 @@ def equal_budget(sweep: Sweep) -> Drawing | None:
     settings = [setting for setting in sweep.settings if setting in set(data["setting"])]
     variants = [variant for variant in sweep.variants if variant in set(data["variant"])]
     look, size = looks(sweep), len(variants) + 1.7  # lines of an axis, its heading and a gap among them
-    figure, grid = panels(len(settings), [_LINE * size * len(found) + 0.5])
+    figure, grid = panels(len(settings), [_LINE * size * len(found) + 0.5], beside=variants)
     for column, setting in enumerate(settings):
         axes = grid[0, column]
         for place, one in enumerate(found):
@@ -95,14 +98,15 @@ def equal_budget(sweep: Sweep) -> Drawing | None:
                 interval = line["mean_low"], line["mean"], line["mean_high"]
                 _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
         axes.locator_params(axis="x", nbins=6)
-        axes.set(title=title(setting), xlabel=headline_label(sweep))
+        axes.set(title=title(setting), xlabel=plain(headline_label(sweep)))
     places = [place * size + 1 + index for place in range(len(found)) for index in range(len(variants))]
     _label_lines(grid[0, 0], places, variants * len(found), above=0.8)
     caption = (
         f"{headline_label(sweep)} where all had spent equally much on an axis: the most that every finished run of the "
-        "model had spent on it, interpolated between measurements. Points: mean over seeds, open where another variant "
-        f"is better by verdict (paired t test, after Holm); bars: 95 % bootstrap interval of the mean ({RESAMPLES:,} "
-        f"resamples), where n is 3 or more. {_n(data['n'], 'runs')}. {_WORST}."
+        f"model had spent on it, interpolated between measurements{headline_smoothing(sweep)}. Points: mean over "
+        "seeds, open where another variant is better by verdict (paired t test, after Holm for all pairs of a model on "
+        f"an axis); bars: 95 % bootstrap interval of the mean ({RESAMPLES:,} resamples), where n is 3 or more. "
+        f"{_n(data['n'], 'runs')}. {_WORST}."
     )
     absent = absent_cells(sweep, settings)
     caption += f" Without a point: {absent}." if absent else ""
@@ -125,12 +129,12 @@ def performance_profiles(sweep: Sweep) -> Drawing | None:
             color = look[str(variant)].color
             axes.plot(line["level"], line["share"], drawstyle="steps-post", **_line(look[str(variant)]))
             axes.fill_between(line["level"], line["low"], line["high"], color=color, **band)
-        axes.set(title=title(setting), xlabel=f"{headline_label(sweep)} above")
+        axes.set(title=title(setting), xlabel=f"{plain(headline_label(sweep))} above")
     grid[0, 0].set(ylabel="Share of runs", ylim=(-0.03, 1.03))
     legend(figure, look, variants)
     caption = (
-        f"Performance profiles (Agarwal et al. 2021): the share of runs whose {headline_label(sweep)} at the end of "
-        "the budget lies above each level. Bands: Wilson's 95 % interval of each share by itself. "
+        f"Performance profiles (Agarwal et al. 2021): the share of runs whose {headline_end(sweep)} "
+        "lies above each level. Bands: Wilson's 95 % interval of each share by itself. "
         f"{_n(data['n'], 'runs')}. {_WORST}."
     )
     return Drawing("performance_profile", "Performance profiles", caption, figure, data)
@@ -154,7 +158,7 @@ def scaling(sweep: Sweep) -> Drawing | None:
             grid[row, column].set_xlim(left=0)
             grid[0, column].set_title(title(setting))
             grid[-1, column].set_xlabel(budget.label)
-        grid[row, 0].set_ylabel(metric)
+        grid[row, 0].set_ylabel(plain(metric))
     legend(figure, look, [variant for variant in sweep.variants if variant in {fit.variant for fit in held}])
     caption = (
         "Sigmoid of ScaleRL (arXiv 2510.13786) from the cold start's level towards an asymptote, fitted to every point "
@@ -170,17 +174,18 @@ def _shown(sweep: Sweep, pairs: Sequence[Verdict], setting: str) -> list[Verdict
     here = [pair for pair in pairs if pair.setting == setting]
     if len(here) <= _MOST_PAIRS:
         return here
-    rows = headline_scores(sweep)
-    highest = rows[rows["setting"] == setting].groupby("variant", sort=False)["score"].mean().idxmax()
+    rows, drawn = headline_scores(sweep), {name for pair in here for name in (pair.first, pair.second)}
+    own = rows[(rows["setting"] == setting) & rows["variant"].isin(drawn)]
+    highest = own.groupby("variant", sort=False)["score"].mean().idxmax()
     return [pair for pair in here if highest in (pair.first, pair.second)]
 
 
 def _means(one: EqualBudget) -> pd.DataFrame:
-    """The means on an axis, with whether none is better; where nothing is ranked, none is."""
+    """The means on an axis, with whether none is better."""
     columns = ["setting", "axis", "budget", "variant", "n", "mean", "mean_low", "mean_high"]
-    means, unbeaten = one.means.dropna(subset="mean")[columns], leaders(one.verdicts)
+    means, lost = one.means.dropna(subset="mean")[columns], beaten(one.verdicts)
     names = zip(means["setting"], means["variant"], strict=True)
-    return means.assign(unbeaten=[variant in (unbeaten.get(setting) or [variant]) for setting, variant in names])
+    return means.assign(unbeaten=[name not in lost for name in names])
 
 
 def _equal(sweep: Sweep, one: EqualBudget, setting: str) -> str:
@@ -207,7 +212,7 @@ def _heading(axes: Axes, place: float, text: str) -> None:
 
 def _label_lines(axes: Axes, places: Sequence[float], labels: Sequence[str], above: float = 0.0) -> None:
     """Names to the left of the lines, the first on top."""
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, list(map(plain, labels)))
     axes.set_ylim(max(places) + 0.7, min(places) - 0.7 - above)
     axes.tick_params(axis="y", length=0)
 

@@ -8,11 +8,13 @@ import pandas as pd
 from harness.analysis.aggregates import COLLAPSE_MARGIN, COLLAPSE_SHARE, stability, summary
 from harness.analysis.efficiency import TARGETS, winners
 from harness.analysis.evidence import (
+    headline_end,
     headline_equal_budgets,
     headline_improvements,
     headline_label,
     headline_scaling_fits,
     headline_scores,
+    headline_smoothing,
     headline_times,
     level_label,
     seconds_doubt,
@@ -35,7 +37,7 @@ def score_summary(sweep: Sweep) -> Table:
         "missing": "missing",
     }  # fmt: skip
     note = (
-        f"{headline_label(sweep)} at the end of the budget. IQM: interquartile mean, of the runs without the highest "
+        f"{headline_end(sweep)}. IQM: interquartile mean, of the runs without the highest "
         f"and the lowest quarter. low, high: {_BOOTSTRAP} (for the IQM: 8 or more); for all settings together, "
         f"resampled within each. {_WORST} (went wrong); those that are not over have no score (missing)."
     )
@@ -53,7 +55,7 @@ def probabilities_of_improvement(sweep: Sweep) -> Table:
     }  # fmt: skip
     found = _named(headline_improvements(sweep), names).dropna(subset="first is higher")
     note = (
-        f"{headline_label(sweep)} at the end of the budget: the probability that a run of the first scores higher than "
+        f"{headline_end(sweep)}: the probability that a run of the first scores higher than "
         "a run of the second, over all pairs of runs, a tie counting half, with Newcombe's 95 % interval, which is not "
         f"corrected for many comparisons. Pairs with fewer than three seeds in common are left out. {_WORST}."
     )
@@ -75,8 +77,10 @@ def equal_budget_winners(sweep: Sweep) -> Table:
     ]  # fmt: skip
     note = (
         f"{headline_label(sweep)} where all had spent equally much on an axis: the most that every finished run of the "
-        "model had spent on it, interpolated between measurements. Unbeaten: no other is better by verdict (paired t "
-        f"test, after Holm for the pairs of the model on that axis). {seconds_doubt(sweep)}"
+        f"model had spent on it, interpolated between measurements{headline_smoothing(sweep)}. Unbeaten: no other is "
+        "better by verdict (paired t test, after Holm for all pairs of the model on that axis); variants with too few "
+        "runs for that are not named. "
+        f"{seconds_doubt(sweep)}"
     ).strip()
     return Table("equal_budget_winners", "In front at an equal budget", note, _in_order(sweep, pd.DataFrame(rows)))
 

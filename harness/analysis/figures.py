@@ -19,7 +19,7 @@ from harness.analysis.panels import (
 )
 from harness.analysis.phases import budget_by_phase
 from harness.analysis.statistics import Curve, curve, curve_at_points, mean_over_steps
-from harness.analysis.style import Drawing, Unit, budget_text, looks, unit
+from harness.analysis.style import Drawing, Unit, budget_text, looks, plain, unit
 from harness.analysis.sweep import Sweep
 from harness.analysis.tuning import sensitivity
 
@@ -98,19 +98,21 @@ def downstream_accuracy(sweep: Sweep) -> Drawing | None:
     }
     cold_start = rows[rows["fraction"] == 0].groupby(["eval_task", "setting"])["score"].agg(y="mean", n="size")
     settings = [setting for setting in sweep.settings if setting in set(rows["setting"])]
+    alone = rows.groupby(["run", "eval_task"]).size().max() == 1  # points that no line joins
+    marker = None if alone else "" if sweep.limits else "o"
     figure, axes = panels(len(settings), [2.2] * len(tasks))
     for row, task in enumerate(tasks):
-        axes[row, 0].set_ylabel(f"{task}\naccuracy")
+        axes[row, 0].set_ylabel(f"{plain(task)}\naccuracy")
         for column, setting in enumerate(settings):
             level = cold_start["y"].get((task, setting), np.nan)
             axes[row, column].axhline(level, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)))
-            _draw(sweep, axes[row, column], by_task[task], setting, budget, marker="" if sweep.limits else "o")
+            _draw(sweep, axes[row, column], by_task[task], setting, budget, marker=marker)
     for column, setting in enumerate(settings):
         axes[0, column].set_title(title(setting))
         axes[-1, column].set_xlabel(budget.label)
     first = by_task[tasks[0]]
     figure.align_ylabels()
-    legend(figure, looks(sweep), _variants(sweep, first))
+    legend(figure, looks(sweep), _variants(sweep, first), markers=alone)
     errors = ", ".join(
         f"{error:.3f} ({task})" for task, error in rows.groupby("eval_task", sort=False)["stderr"].mean().items()
     )
@@ -122,8 +124,8 @@ def downstream_accuracy(sweep: Sweep) -> Drawing | None:
     if sweep.limits:
         where = f"interpolated between the evaluations of each run, {_until(sweep, budget)}"
     caption = (
-        f"Accuracy of the policy in lm-eval tasks {where}. Dashed grey: the cold start that all share. "
-        f"{runs_note(sweep, first)} {noise}"
+        f"Accuracy of the policy in lm-eval tasks {where}. "
+        f"{'Dashed grey: the cold start that all share. ' if len(cold_start) else ''}{runs_note(sweep, first)} {noise}"
     )
     levels = cold_start.rename_axis(["metric", "setting"]).reset_index().assign(axis=sweep.axis, line="cold start")
     data = pd.concat([drawn_points(by_task, sweep.axis), levels], ignore_index=True)
@@ -140,7 +142,8 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
     if not curves:
         return None
     settings, budget = _settings(curves), _budget(sweep)
-    figure, axes = panels(len(settings), [2.5 + 0.18 * len(_variants(sweep, curves))])
+    widest = [f"{variant}, mean 0.0012" for variant in _variants(sweep, curves)]
+    figure, axes = panels(len(settings), [2.5 + 0.18 * len(widest)], below=widest)
     zeros = []
     for column, setting in enumerate(settings):
         _draw(sweep, axes[0, column], curves, setting, budget, log=True, marker=".")
@@ -174,7 +177,8 @@ def expert_change(sweep: Sweep) -> Drawing | None:
     tokens, used = _curves(sweep, UPDATE_TOKEN_CHANGE), _curves(sweep, USED_EXPERT_CHANGE)
     reward = _curves(sweep, REWARD)
     figure, axes = panels(3, [2.6] * len(settings), sharey="none", width=3.0)
-    replayed, fixed = {}, []
+    replayed: dict[tuple[str, str], Curve] = {}
+    fixed = []
     for row, setting in enumerate(settings):
         first, left, right = axes[row]
         _draw(sweep, first, tokens, setting, budget)
@@ -182,13 +186,14 @@ def expert_change(sweep: Sweep) -> Drawing | None:
         for variant, rows in _rows(sweep, USED_EXPERT_CHANGE, setting).items():
             if np.allclose(rows[USED_EXPERT_CHANGE].fillna(0), rows[EXPERT_CHANGE].fillna(0)):
                 continue  # what was used is what was chosen
+            above = 4 + 9 * sum(where == setting for _, where in replayed)  # points; lines may lie over each other
             replayed[variant, setting] = used[variant, setting]
             draw_curve(left, used[variant, setting], look[variant], budget)
             mean = mean_over_steps(sweep.finished(rows), USED_EXPERT_CHANGE).mean()
             fixed.append(f"{variant} on {setting}, mean {mean:.2g}")
             left.annotate(
-                f"{variant}: used in the update", xy=(0.98, rows[USED_EXPERT_CHANGE].mean()),
-                xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
+                f"{plain(variant)}: used in the update", xy=(0.98, rows[USED_EXPERT_CHANGE].mean()),
+                xycoords=("axes fraction", "data"), xytext=(0, above), textcoords="offset points",
                 ha="right", fontsize=7, color=look[variant].color,
             )  # fmt: skip
         _draw(sweep, right, reward, setting, budget)
@@ -271,13 +276,22 @@ def _curves(sweep: Sweep, metric: str) -> dict[tuple[str, str], Curve]:
 
 
 def _draw(
-    sweep: Sweep, axes, curves: Mapping[tuple[str, str], Curve], setting: str, budget: Unit, *, log=False, marker=""
+    sweep: Sweep,
+    axes,
+    curves: Mapping[tuple[str, str], Curve],
+    setting: str,
+    budget: Unit,
+    *,
+    log=False,
+    marker: str | None = "",
 ) -> None:
+    """The curves of one setting in one panel; marker None is each variant's own."""
     look = looks(sweep)
     for (variant, where), line in curves.items():
         if where == setting:
-            draw_curve(axes, line, look[variant], budget, log=log, marker=marker)
-    axes.set_xlim(left=0)
+            own = look[variant].marker if marker is None else marker
+            draw_curve(axes, line, look[variant], budget, log=log, marker=own)
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.03 * axes.dataLim.x1))  # points close together have hardly a margin
 
 
 def _settings(curves: Mapping[tuple[str, str], Curve]) -> list[str]:

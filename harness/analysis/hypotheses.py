@@ -20,8 +20,8 @@ from harness.analysis.intervals import (
     probability_of_improvement,
     trimmed_interval,
 )
-from harness.analysis.quantities import QUANTITIES
-from harness.analysis.scores import counts, paired
+from harness.analysis.quantities import QUANTITIES, Score
+from harness.analysis.scores import counts, none_ended_well, paired
 from harness.analysis.sweep import Sweep
 from harness.errors import ConfigError
 
@@ -154,6 +154,9 @@ def examine(sweep: Sweep, hypothesis: Hypothesis, rows: pd.DataFrame, setting: s
     values = [here["score"].dropna().to_numpy()] if len(names) == 1 else paired(here, *names)
     n, interval = len(values[0]), NONE
     reasons = [reason for name in names if (reason := _absence(sweep, hypothesis, here, name, setting))]
+    scored = isinstance(hypothesis.quantity, Score)  # of other quantities, runs that went wrong have none or their own
+    if not reasons and scored and n and len(names) == 2 and none_ended_well(here, *names):
+        reasons = [f"no run of {' or '.join(names)} ended well, and all count as the worst"]
     if not reasons and n < comparison.least:
         reasons = [f"{_count(n, comparison)} of {' and '.join(names)}, where it takes {comparison.least}"]
     if not reasons and math.isnan((interval := comparison.interval(*values)).low):
@@ -161,7 +164,7 @@ def examine(sweep: Sweep, hypothesis: Hypothesis, rows: pd.DataFrame, setting: s
     if reasons:
         return Result(words, "not tested here", NONE, n, "; ".join(reasons))
     about = counts(here)
-    remarks = [f"{about['worst']} counted as the worst"] * bool(about["worst"])
+    remarks = [f"{about['worst']} counted as the worst"] * bool(about["worst"] and scored)
     remarks += [f"{about['missing']} left out"] * bool(about["missing"])
     numbers = f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
     measured = ", ".join([numbers, _count(n, comparison), *remarks])

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from harness.analysis.evidence import axis_sentences, headline_verdicts
 from harness.analysis.fairness import algorithm_differences, checks
 from harness.analysis.figures import all_figures
+from harness.analysis.scores import COUNTED, WORST
 from harness.analysis.style import budget_text, figure_style, save
 from harness.analysis.sweep import Sweep, distinct
 from harness.analysis.table import Table, markdown_text
@@ -21,7 +22,6 @@ from harness.analysis.tuning import tuning_sentence
 from harness.analysis.verdicts import headlines
 from harness.analysis.view import arguments, notes
 
-_EXPECTED = ("done", "skipped")  # statuses that need no attention
 _SECTIONS = {
     "verdict": "Verdict",
     "claims": "Claims",
@@ -56,8 +56,13 @@ class Report:
 
     @property
     def unfinished(self) -> dict[str, int]:
-        """Counts of cells that are neither done nor skipped, by status."""
-        return {status: count for status, count in self.counts.items() if status not in _EXPECTED}
+        """Counts of cells that are not over, by status."""
+        return {status: count for status, count in self.counts.items() if status not in (*COUNTED, "skipped")}
+
+    @property
+    def wrong(self) -> dict[str, int]:
+        """Counts of cells that are over but not done, by status."""
+        return {status: count for status, count in self.counts.items() if status in WORST}
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     report = Report(folder, final_scores(sweep), _counts(sweep))
     context = {
         "title": f"Levelfield: {sweep.name}",
-        "counts": _counted(report.counts),
-        "unfinished": _counted(report.unfinished),
+        "counts": counted(report.counts),
+        "unfinished": counted(report.unfinished),
+        "wrong": counted(report.wrong),
         "sections": {name: title for name, title in _SECTIONS.items() if name not in _OPTIONAL or placed[name]},
         "overview": score_overview(sweep),
         "notes": notes(sweep),
@@ -131,7 +137,8 @@ def _counts(sweep: Sweep) -> dict[str, int]:
     return {str(status): int(count) for status, count in sweep.cells["status"].value_counts(sort=False).items()}
 
 
-def _counted(counts: dict[str, int]) -> str:
+def counted(counts: dict[str, int]) -> str:
+    """Counts by status, in words."""
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 

@@ -1,5 +1,6 @@
 """Curves in panels, and the words that a caption owes the reader about them."""
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,29 +12,45 @@ from matplotlib.lines import Line2D
 
 from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
 from harness.analysis.statistics import Curve
-from harness.analysis.style import Look, Unit
+from harness.analysis.style import Look, Unit, plain
 from harness.analysis.sweep import Sweep
 
+_LETTER = 0.06  # inches that a letter of a label takes, about
+_TITLE = 24  # letters of a panel's title in a line
+_BESIDE = 2.6  # inches that labels beside the panels may take of them
 Curves = Mapping[tuple[str, str], Curve]  # by (variant, setting)
 
 
 def panels(
-    columns: int, heights: Sequence[float], *, sharey: Literal["row", "none"] = "row", width: float = 3.7
+    columns: int,
+    heights: Sequence[float],
+    *,
+    sharey: Literal["row", "none"] = "row",
+    width: float = 3.7,
+    beside: Sequence[str] = (),
+    below: Sequence[str] = (),
 ) -> tuple[Figure, np.ndarray]:
     """A figure with a grid of panels: (figure, axes `[rows, columns]`). Sizes are inches of one panel.
 
     More than three columns get narrower, so that a page that scales the figure down leaves its text legible.
+
+    Args:
+        beside, below: labels to the left of the panels, and of a legend below each: where they are long, the figure is
+            wider, since a layout without room for them comes apart.
     """
-    width = min(width, max(3 * width / columns, 2.4))
-    figure = Figure(figsize=(max(width * columns, 5.6), sum(heights) + 0.35), layout="constrained")
+    width = max(min(width, max(3 * width / columns, 2.4)), 0.7 + _length(below))
+    across = max(width * columns, 5.6) + max(0.0, _length(beside) - _BESIDE)
+    figure = Figure(figsize=(across, sum(heights) + 0.35), layout="constrained")
     grid = {"height_ratios": list(heights)}
     axes = figure.subplots(len(heights), columns, squeeze=False, sharey=sharey, sharex="col", gridspec_kw=grid)
     return figure, axes
 
 
 def title(setting: str) -> str:
-    """Of a panel: the model, and the task, where there are several, below it."""
-    return setting.replace("/", "\n")
+    """Of a panel: the model, and the task, where there are several, below it; what is long goes on in another line."""
+    breakable = (part.replace("_", "_ ") for part in setting.split("/"))
+    lines = (line.replace("_ ", "_") for part in breakable for line in textwrap.wrap(part, _TITLE))
+    return plain("\n".join(lines))
 
 
 def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = False, marker: str = "") -> None:
@@ -73,7 +90,7 @@ def drawn_points(by_metric: Mapping[str, Curves], axis: str) -> pd.DataFrame:
 
 
 def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
-    """A log axis that starts a decade below the smallest drawn value at most: a band that reaches 0 leaves it below.
+    """A log axis over all that is drawn, but a decade below the smallest line at most: bands that reach 0 leave it.
 
     The axis stays linear where every value is 0, since nothing could be drawn, and where all lie within a factor of
     two, of which its ticks would show nothing.
@@ -81,12 +98,14 @@ def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
     drawn = [value for curve in curves for value in _drawn(curve)]
     if drawn and max(drawn) > 2 * min(drawn):
         axes.set_yscale("log")
-        axes.set_ylim(bottom=0.9 * 10.0 ** np.floor(np.log10(min(drawn)) + 1e-9), top=max(drawn) * 1.6)
+        highs = [float(value) for curve in curves for value in curve.high if np.isfinite(value)]
+        top = max(1.6 * max(drawn), 1.1 * max(highs, default=0.0))
+        axes.set_ylim(bottom=0.9 * 10.0 ** np.floor(np.log10(min(drawn)) + 1e-9), top=top)
 
 
-def legend(figure: Figure, looks: Mapping[str, Look], variants: Sequence[str]) -> None:
-    """One legend above all panels, in the sweep's order."""
-    handles = [_handle(looks[variant], variant) for variant in variants]
+def legend(figure: Figure, looks: Mapping[str, Look], variants: Sequence[str], *, markers: bool = False) -> None:
+    """One legend above all panels, in the sweep's order; of lines, or of the markers of points that are drawn alone."""
+    handles = [_handle(looks[variant], variant, markers=markers) for variant in variants]
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (8 + max(map(len, variants), default=1)))))
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))  # panels keep their size
@@ -156,9 +175,15 @@ def absent_cells(sweep: Sweep, settings: Collection[str]) -> str:
     return "; ".join(names)
 
 
-def _handle(look: Look, label: str) -> Line2D:
-    line = Line2D([], [], color=look.color, label=label)
-    if look.dashes:
+def _length(labels: Sequence[str]) -> float:
+    return _LETTER * max(map(len, labels), default=0)
+
+
+def _handle(look: Look, label: str, *, markers: bool = False) -> Line2D:
+    line = Line2D([], [], color=look.color, label=plain(label))
+    if markers:
+        line.set(marker=look.marker, linestyle="none")
+    elif look.dashes:
         line.set_dashes(look.dashes)
     return line
 

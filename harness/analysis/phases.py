@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from harness.analysis.intervals import RESAMPLES
-from harness.analysis.panels import panels
+from harness.analysis.panels import panels, title
 from harness.analysis.statistics import estimate
-from harness.analysis.style import Drawing, unit
+from harness.analysis.style import Drawing, plain, unit
 from harness.analysis.sweep import Sweep, columns_of
 
 # Paul Tol's light scheme: safe for colour-blind readers, and unlike the colours of the algorithms.
@@ -30,7 +30,8 @@ def budget_by_phase(sweep: Sweep) -> Drawing | None:
     phases = [phase for phase in columns_of(sweep.cells, "seconds/").values() if phase in drawn]
     colors = dict(zip(phases, itertools.cycle(_COLORS), strict=False))
     bars = table.groupby("setting")["variant"].nunique()
-    figure, axes = panels(len(costs), [0.6 + 0.34 * int(bars[setting]) for setting in settings], width=4.4)
+    heights = [0.6 + 0.34 * int(bars[setting]) for setting in settings]
+    figure, axes = panels(len(costs), heights, width=4.4, beside=list(map(_label, table["variant"], table["n"])))
     for column, cost in enumerate(costs):
         of_cost = table[table["cost"] == cost]
         measure = unit(_COSTS[cost], float(of_cost["total"].max()))
@@ -38,7 +39,7 @@ def budget_by_phase(sweep: Sweep) -> Drawing | None:
         for row, setting in enumerate(settings):
             records = of_cost[of_cost["setting"] == setting].to_dict("records")
             _bars(axes[row, column], records, colors, measure.scale, widest)
-            axes[row, column].set_title(setting)
+            axes[row, column].set_title(title(setting))
         axes[-1, column].set_xlabel(measure.label)
     handles = [Patch(color=color, label=phase.replace("_", " ")) for phase, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), handlelength=1.2)
@@ -84,6 +85,10 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, str], scale:
             ends = [any_row["low"] / scale, any_row["high"] / scale]
             below = place + 0.28  # the shares
             axes.plot(ends, [below, below], color="black", linewidth=1.4, solid_capstyle="butt")
-    axes.set_yticks(range(len(variants)), [f"{variant} (n = {row['n']})" for variant, row in variants.items()])
+    axes.set_yticks(range(len(variants)), [plain(_label(row["variant"], row["n"])) for row in variants.values()])
     axes.set_ylim(len(variants) - 0.45, -0.55)
     axes.grid(visible=False, axis="y")
+
+
+def _label(variant: str, n: int) -> str:
+    return f"{variant} (n = {n})"

@@ -1,7 +1,7 @@
 """What a claim is about: one number for every run.
 
 Each kind is a dataclass whose fields are its keys in the YAML, with a `label` for sentences and the `rows` of a sweep:
-setting, variant, seed, run, status, score (the number; NaN where there is none), one row per cell that is not skipped.
+setting, variant, seed, run, status, score (the number; NaN where there is none), one row per cell that is compared.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import pandas as pd
 
 from harness.analysis.efficiency import default_targets, run_times
-from harness.analysis.scores import Metric, histories, raw_histories, scores
+from harness.analysis.scores import Metric, cold_starts, raw_histories, scores
 from harness.analysis.statistics import mean_over_steps
 from harness.analysis.sweep import Sweep, columns_of
 from harness.errors import ConfigError
@@ -35,7 +35,8 @@ class Score:
     Attributes:
         source, name, summary: as of :class:`harness.analysis.scores.Metric`; name None is the sweep's first lm-eval
             task.
-        since_start: minus the cold start's, the mean over the setting's runs of what they had before they learned.
+        since_start: minus what the run itself had before it learned, or where it failed before that was measured, the
+            mean of what its setting's runs had.
     """
 
     source: Literal["evaluations", "runs"]
@@ -54,10 +55,8 @@ class Score:
         metric = _metric(sweep, self.name, self.source, self.summary)
         rows = scores(sweep, metric)
         if self.since_start:
-            first = raw_histories(sweep, metric, sweep.axis).groupby("run").head(1)
-            # The first rollout batch is the cold start's, though paid for; the first evaluation only where it is free.
-            first = first[(first["x"] == 0) | (self.source == "runs")]
-            rows["score"] -= rows["setting"].map(first.groupby("setting")["y"].mean())
+            own = rows["run"].map(cold_starts(raw_histories(sweep, metric, sweep.axis), metric))
+            rows["score"] -= own.fillna(own.groupby(rows["setting"]).transform("mean"))
         return rows
 
 
@@ -126,7 +125,7 @@ class TimeToTarget:
 
     def rows(self, sweep: Sweep) -> pd.DataFrame:
         metric = _metric(sweep, self.name, self.source, "final")
-        targets = default_targets(histories(sweep, metric, sweep.axis), metric.margin, [self.part])
+        targets = default_targets(sweep, metric, [self.part])
         times = run_times(sweep, metric, sweep.axis, targets)
         return _with_score(sweep, times.set_index("run")["time"])
 
@@ -152,5 +151,5 @@ def _metric(
 
 
 def _with_score(sweep: Sweep, by_run: pd.Series) -> pd.DataFrame:
-    cells = sweep.cells.loc[sweep.cells["status"] != "skipped", _COLUMNS]
+    cells = sweep.compared[_COLUMNS]
     return cells.assign(score=cells["run"].map(by_run).astype(float)).reset_index(drop=True)

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from harness.analysis.intervals import CONFIDENCE, MIN_RUNS_FOR_INTERVAL, NONE, Interval
-from harness.analysis.scores import Metric, raw_histories
+from harness.analysis.scores import Metric, cold_starts, raw_histories
 from harness.analysis.sweep import Sweep
 
 REFITS = 200  # to resampled seeds: enough for a standard error (Efron and Tibshirani 1993, ch. 6.4)
@@ -94,7 +94,7 @@ def scaling_fits(sweep: Sweep, metric: Metric) -> list[ScalingFit]:
     rows = rows[rows["status"] == "done"]
     # Where the axis ended the runs, all reached its limit, and evaluations lie at fractions of it.
     limits = sweep.limits or dict.fromkeys(sweep.settings, sweep.limit)
-    starts = rows.groupby("run").head(1).groupby("setting")["y"].mean()
+    starts = {str(setting): cold_starts(here, metric).mean() for setting, here in rows.groupby("setting")}
     found = []
     for variant, setting, here in sweep.groups(rows):
         within = here[here["x"] <= limits[setting]]
@@ -109,6 +109,8 @@ def fit_runs(runs: Sequence[np.ndarray], limit: float, fit: ScalingFit) -> Scali
     fit = replace(fit, points=np.concatenate([np.empty((0, 2)), *runs]))
     if len(runs) < MIN_RUNS_FOR_INTERVAL:
         return replace(fit, reason=f"{len(runs)} finished runs, where it takes {MIN_RUNS_FOR_INTERVAL}")
+    if not np.isfinite(fit.start):
+        return replace(fit, reason="the cold start was not measured")
     scaled = [run / [limit, 1] for run in runs]
     points = np.concatenate(scaled)
     early, late = points[points[:, 0] <= _FIRST], points[points[:, 0] >= _LAST]

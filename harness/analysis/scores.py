@@ -14,7 +14,7 @@ from harness.errors import ConfigError
 from harness.runs.reading import IDENTITY
 
 COUNTED = ("done", "diverged", "failed")  # the outcomes of runs that have come to an end
-_WORST = ("diverged", "failed")
+WORST = ("diverged", "failed")  # those of them that score as the worst
 _SMOOTHED = 0.1  # the share of a run's steps that the reward at one step is averaged over
 _AREA = "area:"  # before the name of a metric: the area under its curve
 _NOT_METRICS = (*IDENTITY, "step", "variant", "setting")
@@ -40,6 +40,12 @@ class Metric:
         """As it stands in a sentence."""
         words = {"reward/mean": "training reward"}.get(self.name, self.name)
         return f"area under the curve of {words}" if self.summary == "area" else words
+
+    @property
+    def smoothing(self) -> str:
+        """What is to be added to a sentence about its values, where these are means."""
+        smoothed = self.source == "runs" and self.summary == "final"
+        return " (mean over the tenth of a run's steps that ends there)" if smoothed else ""
 
     @property
     def margin(self) -> float:
@@ -108,6 +114,18 @@ def raw_histories(sweep: Sweep, metric: Metric, axis: str) -> pd.DataFrame:
     return frame.sort_values(["run", "x"], kind="stable").reset_index(drop=True)
 
 
+def cold_starts(rows: pd.DataFrame, metric: Metric) -> pd.Series:
+    """By run: the metric before anything was learned, which no evaluation tells that was not free.
+
+    The first rollout batch is the cold start's too, though it is paid for.
+
+    Args:
+        rows: of :func:`histories` or :func:`raw_histories`.
+    """
+    first = rows.groupby("run").head(1)
+    return first[(first["x"] == 0) | (metric.source == "runs")].set_index("run")["y"]
+
+
 def axes(sweep: Sweep, metric: Metric) -> list[str]:
     """The budget axes that are recorded with the metric, the one that the sweep is compared on first."""
     found = columns_of(_measured(sweep, metric).dropna(axis="columns", how="all"), "budget/").values()
@@ -126,7 +144,7 @@ def scores(sweep: Sweep, metric: Metric, axis: str | None = None) -> pd.DataFram
             unless another axis was chosen for it.
 
     Returns:
-        One row per cell that is not skipped: setting, variant, seed, run, status, score (NaN where there is none: of
+        One row per cell that is compared: setting, variant, seed, run, status, score (NaN where there is none: of
         runs that are not over, were not measured by that budget, or went wrong where nothing was measured at all).
     """
     rows = histories(sweep, metric, axis or sweep.axis)
@@ -135,16 +153,16 @@ def scores(sweep: Sweep, metric: Metric, axis: str | None = None) -> pd.DataFram
     for run, curve in rows[rows["status"] == "done"].groupby("run", sort=False):
         x, y = curve["x"].to_numpy(), curve["y"].to_numpy()
         found[run] = _summarise(metric, x, y, limits.get(curve["setting"].iloc[0], x[-1]))
-    cells = sweep.cells.loc[sweep.cells["status"] != "skipped", ["setting", "variant", "seed", "run", "status"]]
+    cells = sweep.compared[["setting", "variant", "seed", "run", "status"]]
     lowest = cells["setting"].map(rows.groupby("setting")["y"].min())
     score = cells["run"].map(found).astype(float)
-    return cells.assign(score=score.where(~cells["status"].isin(_WORST), lowest)).reset_index(drop=True)
+    return cells.assign(score=score.where(~cells["status"].isin(WORST), lowest)).reset_index(drop=True)
 
 
 def counts(rows: pd.DataFrame) -> dict[str, int]:
     """How many runs of some score rows have a score, have it because they count as the worst, and have none."""
     known = rows["score"].notna()
-    worst = known & rows["status"].isin(_WORST)
+    worst = known & rows["status"].isin(WORST)
     return {"n": int(known.sum()), "worst": int(worst.sum()), "missing": int((~known).sum())}
 
 
@@ -161,6 +179,12 @@ def paired(rows: pd.DataFrame, first: str, second: str) -> tuple[np.ndarray, np.
     here = rows[rows["variant"].isin([first, second])]
     table = here.pivot(index="seed", columns="variant", values="score").reindex(columns=[first, second]).dropna()
     return table[first].to_numpy(dtype=float), table[second].to_numpy(dtype=float)
+
+
+def none_ended_well(rows: pd.DataFrame, first: str, second: str) -> bool:
+    """Whether the pairs of :func:`paired` are all of two runs that count as the worst, and so tell nothing."""
+    wrong = rows["status"].isin(WORST).astype(float).where(rows["score"].notna())
+    return bool(np.all(paired(rows.assign(score=wrong), first, second)))
 
 
 def _measured(sweep: Sweep, metric: Metric) -> pd.DataFrame:

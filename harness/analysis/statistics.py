@@ -41,7 +41,8 @@ class Curve:
 
 def estimate(values: pd.Series) -> Estimate:
     """The mean over runs and its interval; values that are not finite are left out."""
-    kept = values.dropna().to_numpy(dtype=float)
+    kept = values.to_numpy(dtype=float)
+    kept = kept[np.isfinite(kept)]
     if not len(kept):
         return Estimate(0, np.nan, np.nan, np.nan)
     low, high = bootstrap_interval(kept) if len(kept) >= MIN_RUNS_FOR_INTERVAL else (np.nan, np.nan)

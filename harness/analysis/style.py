@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from harness.analysis.sweep import Sweep
+from harness.analysis.table import short
 
 _DASHES: Sequence[tuple[float, ...]] = ((), (5, 1.6), (1.4, 1.2), (6, 1.5, 1.4, 1.5), (3, 1), (8, 2, 1, 2, 1, 2))
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # as many as there are dashes
 _PALETTE = (0, 3, 2, 4, 1, 9, 5, 6, 7, 8)  # seaborn's colour-blind palette, neighbours as unlike as can be
 _CAPTION_SIZE = 7.5
 _AXES = {"device_seconds": "Device time", "flops": "Compute", "tokens": "Sampled tokens", "queries": "Prompts"}
@@ -33,6 +35,7 @@ class Look:
 
     color: tuple[float, float, float]
     dashes: tuple[float, ...]
+    marker: str  # where a variant has points and no line
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Unit:
 
     def text(self, value: float) -> str:
         """A value with its unit."""
-        return f"{value / self.scale:.3g} {self.symbol}".strip()
+        return f"{short(value / self.scale)} {self.symbol}".strip()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def looks(sweep: Sweep) -> dict[str, Look]:
     algorithms = list(dict.fromkeys(algorithm_of[variant] for variant in sweep.variants))
     colorblind = seaborn.color_palette("colorblind", 10)
     palette = [colorblind[index] for index in _PALETTE]
+    styles = list(zip(_DASHES, _MARKERS, strict=True))
     searched = len(sweep.variants) > len(algorithms)
     seen: dict[str, int] = {}
     result = {}
@@ -107,8 +111,13 @@ def looks(sweep: Sweep) -> dict[str, Look]:
         index = algorithms.index(algorithm)
         place = seen.get(algorithm, 0) if searched else index
         seen[algorithm] = seen.get(algorithm, 0) + 1
-        result[variant] = Look(palette[index % len(palette)], _DASHES[place % len(_DASHES)])
+        result[variant] = Look(palette[index % len(palette)], *styles[place % len(styles)])
     return result
+
+
+def plain(text: str) -> str:
+    """Text of a run's making, in which matplotlib is not to find formulas."""
+    return text.replace("$", r"\$")
 
 
 def unit(axis: str, size: float) -> Unit:
@@ -163,6 +172,6 @@ def _draw_caption(figure: Figure, caption: str) -> None:
         left, bottom, across, up = axes.get_position().bounds
         axes.set_position((left, (below + bottom * height) / total, across, up * height / total))
     figure.text(
-        0.1 / width, (below - 4 / 72) / total, "\n".join(lines),
+        0.1 / width, (below - 4 / 72) / total, plain("\n".join(lines)),
         va="top", ha="left", fontsize=_CAPTION_SIZE, color="#333333", linespacing=1.25,
     )  # fmt: skip

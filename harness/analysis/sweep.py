@@ -54,6 +54,15 @@ class Sweep:
     left_out: int = 0
     claims: Path | None = None
 
+    @property
+    def compared(self) -> pd.DataFrame:
+        """The cells that a comparison is about: not those that were skipped, nor planned ones whose settings are lost.
+
+        Without its config.yaml nothing tells which variant a cell was to be.
+        """
+        lost = (self.cells["status"] == "planned") & ~self.cells["config"].astype(bool)
+        return self.cells[(self.cells["status"] != "skipped") & ~lost]
+
     def finished(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of runs that reached their limit: the ones that means are taken over."""
         return frame[frame["status"] == "done"]

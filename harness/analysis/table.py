@@ -1,5 +1,6 @@
 """A table of the report: numbers as CSV, words as Markdown."""
 
+import re
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -10,13 +11,14 @@ import pandas as pd
 
 _ABSENT = "–"
 _HARMLESS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\|`*~$"}})
+_OUTER = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # underscores that emphasise; those inside of a word do not
 
 
 @dataclass(frozen=True)
 class Table:
     """A frame of numbers with what a reader must know about it.
 
-    `formats` maps columns to format strings for display; the CSV keeps every digit.
+    `formats` maps columns to format strings for display, :func:`short` where there is none; the CSV keeps every digit.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Table:
     def rows(self) -> list[list[str]]:
         """Cells as they are displayed; a value that is absent is a dash."""
         records = self.frame.to_dict("records")
-        return [[_text(record[name], self.formats.get(str(name), "{:.3g}")) for name in record] for record in records]
+        return [[_text(record[name], self.formats.get(str(name))) for name in record] for record in records]
 
     @property
     def sort_keys(self) -> list[list[str | None]]:
@@ -59,10 +61,15 @@ class Table:
 
 def markdown_text(text: str) -> str:
     """Text of a run's making (a reason, a name) as text in Markdown, and in the HTML that Markdown may hold."""
-    return " ".join(text.translate(_HARMLESS).replace("](", "]\\(").split())
+    return " ".join(_OUTER.sub(r"\\_", text.translate(_HARMLESS)).replace("](", "]\\(").split())
 
 
-def _text(value: Any, template: str) -> str:
+def short(value: float) -> str:
+    """Three digits, and no exponent below 100,000."""
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _text(value: Any, template: str | None) -> str:
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, Integral):
@@ -71,7 +78,9 @@ def _text(value: Any, template: str) -> str:
         number = float(value)
         if np.isinf(number):
             return "not reached" if number > 0 else "went wrong"
-        return _ABSENT if np.isnan(number) else template.format(value)
+        if np.isnan(number):
+            return _ABSENT
+        return short(number) if template is None else template.format(value)
     return _ABSENT if value is None or value == "" else str(value)
 
 

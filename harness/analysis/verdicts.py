@@ -1,6 +1,7 @@
 """Who is better, by how much, how sure, and what would settle what is open: verdicts on pairs of variants, in words."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +19,7 @@ from harness.analysis.decisions import (
     least_pairs,
     outcomes,
 )
-from harness.analysis.scores import Metric, counts, paired, pairs
+from harness.analysis.scores import Metric, counts, none_ended_well, paired, pairs
 
 Outcome = Literal["better", "worse", "equivalent", "undecided", "too few"]
 _FEWEST = 3  # pairs whose spread says enough to plan with
@@ -36,7 +37,7 @@ class Verdict:
         margin: differences inside of it do not matter.
         least: pairs below which nothing is decided (:func:`harness.analysis.decisions.least_pairs`).
         further_seeds: that would decide it with a probability of 80 %, if difference and spread are as measured (at
-            least `least - n`); 0 where it is decided, None where more than 1,000.
+            least `least - n`); 0 where it is decided, None where more than 1,000, or where no run ended well.
         worst, missing: runs of the two that count as the worst because they diverged or failed, and without a score.
     """
 
@@ -91,12 +92,13 @@ def verdicts(
         for (first, second), (x, _), one, p_holm in zip(compared, scores, tested, corrected, strict=True):
             about, n = counts(here[here["variant"].isin([first, second])]), len(x)
             outcome: Outcome = outcomes(one, p_holm, margin).item() if n >= least else "too few"
+            lost = n >= least and none_ended_well(here, first, second)
             verdict = Verdict(
                 setting=str(setting),
                 metric=metric.label,
                 first=first,
                 second=second,
-                outcome=outcome,
+                outcome="undecided" if lost else outcome,
                 difference=float(one.mean),
                 low=float(one.low),
                 high=float(one.high),
@@ -106,7 +108,7 @@ def verdicts(
                 comparisons=len(compared),
                 margin=margin,
                 least=least,
-                further_seeds=_further(outcome, one, n, undecided, margin, least),
+                further_seeds=None if lost else _further(outcome, one, n, undecided, margin, least),
                 worst=about["worst"],
                 missing=about["missing"],
             )
@@ -115,21 +117,28 @@ def verdicts(
 
 
 def leaders(found: Sequence[Verdict]) -> dict[str, list[str]]:
-    """By setting: the variants that none is better than; empty where there are too few runs to rank anything."""
-    result = {}
-    for setting, here in _by_setting(found).items():
-        names = dict.fromkeys(name for verdict in here for name in (verdict.first, verdict.second))
-        beaten = {v.second for v in here if v.outcome == "better"} | {v.first for v in here if v.outcome == "worse"}
-        ranked = all(verdict.outcome != "too few" for verdict in here)
-        result[setting] = [name for name in names if name not in beaten] if ranked else []
-    return result
+    """By setting: the ranked variants that none is better than; empty where there are too few runs to rank anything.
+
+    Ranked are those that all have enough pairs of runs with each other.
+    """
+    lost = beaten(found)
+    return {
+        setting: [name for name in _ranked(here) if (setting, name) not in lost]
+        for setting, here in _by_setting(found).items()
+    }
+
+
+def beaten(found: Sequence[Verdict]) -> set[tuple[str, str]]:
+    """(setting, variant) of those that another is better than."""
+    losers = {"better": "second", "worse": "first"}
+    return {(one.setting, getattr(one, losers[one.outcome])) for one in found if one.outcome in losers}
 
 
 def headlines(found: Sequence[Verdict], baseline: str | None = None) -> list[str]:
     """One sentence per setting: who leads, as far as the runs tell, or how all compare with the baseline."""
     if baseline is not None:
         return [_against(here, baseline) for here in _by_setting(found).values()]
-    return [_headline(here, leaders(here)[setting]) for setting, here in _by_setting(found).items()]
+    return [_headline(here, leaders(here)[setting], _ranked(here)) for setting, here in _by_setting(found).items()]
 
 
 def _further(outcome: Outcome, seen: Differences, n: int, comparisons: int, margin: float, least: int) -> int | None:
@@ -144,6 +153,21 @@ def _further(outcome: Outcome, seen: Differences, n: int, comparisons: int, marg
 def _by_setting(found: Sequence[Verdict]) -> dict[str, list[Verdict]]:
     settings = dict.fromkeys(verdict.setting for verdict in found)
     return {setting: [verdict for verdict in found if verdict.setting == setting] for setting in settings}
+
+
+def _names(here: Sequence[Verdict]) -> list[str]:
+    return list(dict.fromkeys(name for verdict in here for name in (verdict.first, verdict.second)))
+
+
+def _ranked(here: Sequence[Verdict]) -> list[str]:
+    """The variants of a setting without those that lack runs with the most others, until none lacks any."""
+    names = _names(here)
+    few = [(verdict.first, verdict.second) for verdict in here if verdict.outcome == "too few"]
+    while few:
+        lacking = Counter(name for pair in few for name in pair)
+        names = [name for name in names if lacking[name] < max(lacking.values())]
+        few = [pair for pair in few if set(pair) <= set(names)]
+    return names if len(names) > 1 else []
 
 
 def _turned(verdict: Verdict) -> Verdict:
@@ -194,12 +218,21 @@ def _remarks(v: Verdict) -> list[str]:
     return said
 
 
-def _headline(here: Sequence[Verdict], leading: Sequence[str]) -> str:
+def _headline(here: Sequence[Verdict], leading: Sequence[str], ranked: Sequence[str]) -> str:
     one = here[0]
-    where = f"On {one.setting}"
     if not leading:
         pairs = _count(min(verdict.n for verdict in here), "pair")
-        return f"{where}, nothing is ranked on {one.metric}: {pairs} of runs where it takes {one.least}."
+        return f"On {one.setting}, nothing is ranked on {one.metric}: {pairs} of runs where it takes {one.least}."
+    left_out = [name for name in _names(here) if name not in ranked]
+    among = [verdict for verdict in here if verdict.first in ranked and verdict.second in ranked]
+    absent = f" Not ranked, for it takes {one.least} pairs of runs: {', '.join(left_out)}." if left_out else ""
+    return _in_front(among, leading) + absent
+
+
+def _in_front(here: Sequence[Verdict], leading: Sequence[str]) -> str:
+    """Which of the ranked variants lead."""
+    one = here[0]
+    where = f"On {one.setting}"
     if len(leading) == 1:
         against = [verdict for verdict in here if leading[0] in (verdict.first, verdict.second)]
         if all(verdict.outcome in ("better", "worse") for verdict in against):

@@ -145,9 +145,11 @@ def notes(sweep: Sweep) -> list[str]:
         )
     metric = headline_metric(sweep)
     if sweep.metric is not None and metric is not None:
-        said.append(f"Verdicts are about {metric.label}: better means more of it.")
+        said.append(f"Verdicts are about {metric.label}{metric.smoothing}: better means more of it.")
     if sweep.baseline is not None:
-        said.append(f"Verdicts are against the baseline {sweep.baseline} alone.")
+        said.append(
+            f"Verdicts are against the baseline {sweep.baseline} alone; at equal budgets all are compared with all."
+        )
     return said
 
 

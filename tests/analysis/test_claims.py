@@ -152,6 +152,20 @@ def test_a_gain_is_over_the_cold_start():
     assert lost.hypothesis == "gain in held_out over the cold start, b: above 0"
 
 
+def test_a_gain_is_over_what_the_run_itself_had():
+    sweep = toy_sweep([Run("a", seed, (start, start + 0.25)) for seed, start in enumerate((0.125, 0.25, 0.5))])
+    assert held(sweep, "level", "a", GAIN, above=0.1).interval == (0.25, 0.25, 0.25)
+
+
+def test_algorithms_that_all_went_wrong_are_not_compared():
+    lost = [Run(name, seed, (0.5,), status="diverged") for name in "bc" for seed in range(4)]
+    sweep = toy_sweep([*runs("a", [0.9, 0.9, 0.9, 0.9]), *lost])
+    found = held(sweep, "difference", "b c", FINAL, above=0.1)
+    assert (found.outcome, found.n) == ("not tested here", 4)
+    assert found.measured == "no run of b or c ended well, and all count as the worst"
+    assert held(sweep, "difference", "a b", FINAL, above=0.1).outcome == "supported"
+
+
 def test_without_an_evaluation_of_the_cold_start_there_is_no_gain():
     sweep = toy_sweep(runs("a", [0.7, 0.8, 0.9], spent=(1, 5, 10)))
     assert held(sweep, "level", "a", GAIN, above=0).measured == "no run of a has gain in held_out over the cold start"
@@ -212,6 +226,13 @@ def test_the_time_to_a_target_is_infinite_where_it_was_not_reached():
     endless = held(sweep, "difference", "b a", most, above=2)
     assert endless.measured.endswith("b minus a: a difference takes finite numbers")
     assert endless.hypothesis.startswith("flops to 75 % of the best gain in training reward, ")
+
+
+def test_a_run_that_diverged_has_its_own_time_to_a_target_and_does_not_count_as_the_worst():
+    sweep = toy_sweep([Run(name, seed, rewards=(0.0, 0.5, 1.0)) for name in "ab" for seed in range(4)])
+    cells = sweep.cells.assign(status=["diverged" if run == "b-tiny-s0" else "done" for run in sweep.cells["run"]])
+    found = held(replace(sweep, cells=cells), "chance", "b a", TimeToTarget("runs", "reward/mean", 0.5), above=0.5)
+    assert found.measured.endswith(", 4 pairs")
 
 
 def test_runs_that_are_alike_leave_it_undecided():

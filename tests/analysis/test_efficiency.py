@@ -9,7 +9,7 @@ from harness.analysis.efficiency import (
     time_to_target,
     winners,
 )
-from harness.analysis.scores import Metric, histories
+from harness.analysis.scores import Metric
 from harness.analysis.sweep import Sweep
 from tests.analysis.toy import Run, toy_sweep
 
@@ -88,16 +88,37 @@ def test_targets_lie_between_the_cold_start_and_the_best_variants_mean() -> None
         Run("a", 0, [0.2, 0.5, 0.9]), Run("a", 1, [0.2, 0.5, 0.7]), Run("b", 0, [0.2, 0.5, 0.6]),
         Run("b", 1, [0.2, 1.0], status="diverged"), Run("b", 0, [0.2, 1.0], status="failed", setting="other"),
     ])  # fmt: skip
-    assert default_targets(histories(sweep, HELD_OUT, "flops")) == {"tiny": pytest.approx([0.5, 0.65, 0.74])}
+    assert default_targets(sweep, HELD_OUT) == {"tiny": pytest.approx([0.5, 0.65, 0.74])}
 
 
-@pytest.mark.parametrize("end", [0.1, 0.2, 0.21])
-def test_where_nothing_is_gained_there_is_no_target(end: float) -> None:
+@pytest.mark.parametrize(("end", "gained"), [(0.1, False), (0.21, False), (0.23, True)])
+def test_where_nothing_is_gained_there_is_no_target(end: float, gained: bool) -> None:
     sweep = toy_sweep([Run(name, seed, [0.2, 0.15, end]) for name in "ab" for seed in range(3)])
-    rows = histories(sweep, HELD_OUT, "flops")
-    assert default_targets(rows, least=0.02) == {}
-    assert bool(default_targets(rows, least=0.001)) == (end > 0.2)
+    assert bool(default_targets(sweep, HELD_OUT)) == gained
     assert run_times(sweep, HELD_OUT, "flops", {}).empty
+
+
+def test_without_an_evaluation_of_the_cold_start_there_is_no_way_from_it() -> None:
+    sweep = toy_sweep([Run("a", seed, [0.2, 0.5, 0.8], [1, 5, 10], rewards=[0.2, 0.8]) for seed in range(3)])
+    assert default_targets(sweep, HELD_OUT) == {}
+    assert default_targets(sweep, Metric("runs", "reward/mean"), [0.5]) == {"tiny": pytest.approx([0.5])}
+
+
+def test_a_setting_without_a_finished_run_has_no_equal_budget() -> None:
+    finished = [Run(name, seed, [0.2, 0.5, 0.8]) for name in "ab" for seed in range(4)]
+    lost = [Run(name, seed, [0.2], status="diverged", setting="large") for name in "ab" for seed in range(4)]
+    assert set(winners(equal_budgets(toy_sweep([*finished, *lost]), HELD_OUT))["setting"]) == {"tiny"}
+    assert equal_budgets(toy_sweep(lost), HELD_OUT) == []
+
+
+def test_it_is_not_always_the_highest_mean_that_alone_is_unbeaten() -> None:
+    better = [Run("a", seed, [0.2, 0.5, 0.6 + by]) for seed, by in enumerate(JITTER)]
+    worse = [Run("b", seed, [0.2, 0.5, 0.5 + by]) for seed, by in enumerate(reversed(JITTER))]
+    unpaired = [Run("b", seed, [0.2, 0.5, 0.9]) for seed in range(6, 12)]
+    (said,) = axis_findings(equal_budgets(toy_sweep([*better, *worse, *unpaired]), HELD_OUT))
+    assert said == (
+        "On tiny, b has the highest mean at equal flops, tokens; by verdict a alone is unbeaten at equal flops, tokens."
+    )
 
 
 def test_a_sweep_on_disk_is_compared_on_every_axis_of_its_steps(sweep: Sweep) -> None:

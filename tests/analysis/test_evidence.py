@@ -38,14 +38,14 @@ def test_what_is_dear_is_worked_out_once_for_each_sweep() -> None:
     assert [len(one.means) for one in headline_equal_budgets(alone)] == [1, 1]
 
 
-def test_everything_is_against_the_baseline_where_there_is_one() -> None:
+def test_verdicts_are_against_the_baseline_where_there_is_one_and_equal_budgets_of_all() -> None:
     runs = [Run(name, seed, [0.2, 0.5, 0.5 + 0.01 * seed]) for name in "abc" for seed in range(3)]
     sweep = replace(headlined(runs), baseline="b")
     pairs = [("a", "b"), ("c", "b")]
     assert [(one.first, one.second) for one in headline_verdicts(sweep)] == pairs
     assert list(headline_improvements(sweep)[["first", "second"]].itertuples(index=False, name=None)) == pairs
     flops, _ = headline_equal_budgets(sweep)
-    assert [(one.first, one.second) for one in flops.verdicts] == pairs
+    assert [(one.first, one.second) for one in flops.verdicts] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_a_target_is_one_of_the_curve_where_the_headline_is_the_area_below_it() -> None:

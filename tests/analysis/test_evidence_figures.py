@@ -82,6 +82,16 @@ def test_nine_variants_are_held_against_the_one_with_the_highest_mean() -> None:
     assert "only those with the variant that has the highest mean" in drawing.caption
 
 
+def test_the_highest_mean_is_one_of_those_that_have_pairs() -> None:
+    runs = [
+        Run(f"v{number}", seed, [0.2, 0.5 + 0.01 * number + 0.001 * (seed * number % 5)], [0, 10])
+        for number in range(9)
+        for seed in range(3)
+    ]
+    drawing = drawn(pairwise(headlined([*runs, Run("top", 0, [0.2, 0.9], [0, 10])])))
+    assert drawing.data["second"].unique().tolist() == ["v8"]
+
+
 def test_every_axis_shows_who_is_beaten_on_it(known: Sweep) -> None:
     drawing = drawn(equal_budget(known))
     (axes,) = drawing.figure.axes

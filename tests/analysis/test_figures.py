@@ -1,21 +1,25 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from harness.analysis.figures import (
     all_figures,
     clip_fraction,
+    downstream_accuracy,
     expert_change,
     step_reward,
     training_reward,
     true_reward,
 )
 from harness.analysis.phases import budget_by_phase
-from harness.analysis.style import Drawing, figure_style, looks, unit
+from harness.analysis.style import Drawing, figure_style, looks, save, unit
 from harness.analysis.sweep import Sweep, read_sweep
-from tests.analysis.synthetic import Cell, write_sweep
+from tests.analysis.synthetic import ALGORITHMS, Cell, write_sweep
+from tests.analysis.toy import Run, headlined
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,63 @@ def test_data_say_what_each_point_is(drawings: dict[str, Drawing]) -> None:
 def test_no_mean_curve_goes_past_the_limit(drawings: dict[str, Drawing]) -> None:
     for axes in drawings["training_reward"].figure.axes:
         assert max(max(line.get_xdata()) for line in axes.lines) <= 1.0  # TFLOP
+
+
+def test_a_log_axis_has_room_for_the_bands(sweep: Sweep, drawings: dict[str, Drawing]) -> None:
+    data, axes = drawings["clip_fraction"].data, drawings["clip_fraction"].figure.axes[0]
+    assert axes.get_ylim()[1] > data["high"].max() > 1.6 * data["y"].max()
+
+
+def test_names_of_two_algorithms_that_replay_are_legible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "gspo_replay", ALGORITHMS["grpo_replay"])
+    cells = [Cell(name, "tiny_moe", seed) for name in ("grpo_replay", "gspo_replay") for seed in range(3)]
+    drawing = expert_change(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert drawing is not None
+    first, second = drawing.figure.axes[1].texts
+    shown = FigureCanvasAgg(drawing.figure).get_renderer()
+    boxes = [text.get_window_extent(shown) for text in (first, second)]
+    assert not boxes[0].overlaps(boxes[1])
+
+
+def test_points_that_no_line_joins_are_told_apart_and_inside_the_panel() -> None:
+    runs = [Run(f"a {rate}", 0, [0.5 + rate / 10], [9.9 + rate / 100]) for rate in range(3)]
+    sweep = headlined(runs)
+    sweep = replace(sweep, cells=sweep.cells.assign(algorithm="a"), runs=sweep.evaluations)
+    sweep = replace(sweep, evaluations=sweep.evaluations.assign(fraction=1.0, n=256, stderr=0.03))
+    drawing = downstream_accuracy(sweep)
+    assert drawing is not None
+    axes = drawing.figure.axes[0]
+    marks = {line.get_marker() for line in axes.lines if line.get_marker() not in ("None", "x")}
+    assert len(marks) == 3
+    assert {handle.get_marker() for handle in drawing.figure.legends[0].legend_handles} == marks
+    assert axes.get_xlim()[1] > 1.02 * 9.92
+    assert "cold start" not in drawing.caption
+
+
+def test_dollars_are_no_formulas(tmp_path: Path) -> None:
+    cells = [Cell("a$b_{$", "$x^$", seed) for seed in range(3)] + [Cell("b", "$x^$", seed) for seed in range(3)]
+    with figure_style():
+        for drawing in all_figures(read_sweep(write_sweep(tmp_path / "sweep", cells))):
+            save(drawing, tmp_path)
+    assert (tmp_path / "pairwise.png").exists()
+
+
+def test_long_names_leave_the_panels_their_width(tmp_path: Path) -> None:
+    names = [f"{'a_rather_long_name_' * 3}{number}" for number in range(3)]
+    cells = [
+        Cell(name, "a_model_with_a_rather_long_name_that_somebody_chose", seed) for name in names for seed in range(3)
+    ]
+    found = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    with figure_style():
+        for drawing in all_figures(found):
+            save(drawing, tmp_path)
+            figure = drawing.figure
+            shown = FigureCanvasAgg(figure).get_renderer()
+            for axes in figure.axes:
+                assert axes.get_window_extent(shown).width > 1.4 * figure.dpi, drawing.name
+                drawn = [*axes.get_yticklabels(), axes.title, *filter(None, [axes.get_legend()])]
+                for box in (one.get_window_extent(shown) for one in drawn):
+                    assert 0 <= box.x0 and box.x1 <= figure.bbox.width, drawing.name
 
 
 def test_algorithms_that_the_code_never_heard_of_are_drawn(tmp_path: Path) -> None:
@@ -179,6 +240,7 @@ def test_a_sweep_that_has_not_begun_has_no_figures(tmp_path: Path) -> None:
         ("flops", 2.5e12, "2.5 TFLOP"),
         ("flops", 9e8, "900 MFLOP"),
         ("device_seconds", 60, "60 s"),
+        ("device_seconds", 1800, "1,800 s"),
         ("device_seconds", 7200, "2 h"),
         ("tokens", 5e5, "500 thousand"),
         ("updates", 200, "200"),

@@ -79,6 +79,13 @@ def test_the_interval_of_the_probability_of_improvement_covers_it(n: int, shared
     assert 0.92 <= share_inside(stats.norm.cdf(1 / np.sqrt(2)), found[:, 1], found[:, 2]) <= 0.97
 
 
+@pytest.mark.parametrize(("n", "least"), [(3, 0.88), (4, 0.93)])
+def test_few_pairs_do_not_narrow_the_interval_of_the_probability_of_improvement(n: int, least: float) -> None:
+    x, y = np.random.default_rng(n).normal(size=(2, SIMULATIONS, n))
+    found = np.array([probability_of_improvement(a, b) for a, b in zip(x, y, strict=True)])
+    assert least <= share_inside(0.5, found[:, 1], found[:, 2])
+
+
 @pytest.mark.parametrize("n", [8, 12, 20])
 def test_the_interval_of_a_median_with_infinite_values_covers_it(n: int) -> None:
     times = np.random.default_rng(n).exponential(size=(SIMULATIONS, n))

@@ -93,6 +93,13 @@ def test_a_sweep_is_fitted_by_variant_from_its_own_cold_start() -> None:
     assert frame["error"][0] == a.predicted - a.measured
 
 
+def test_there_is_no_fit_from_a_cold_start_that_was_not_measured() -> None:
+    spent = np.linspace(1, 10, 31)
+    runs = [Run("a", seed, TRUTH.at(spent / 10, 0.3).tolist(), spent.tolist()) for seed in range(3)]
+    (fit,) = scaling_fits(toy_sweep(runs), Metric("evaluations", "held_out"))
+    assert fit.reason == "the cold start was not measured"
+
+
 def test_the_same_fit_every_time(sweep: Sweep) -> None:
     first, second = (scaling_fits(sweep, Metric("runs", "reward/mean")) for _ in range(2))
     assert scaling_frame(first).equals(scaling_frame(second)) and len(first) == 7

@@ -15,7 +15,7 @@ def test_of_three_runs_the_interval_is_wider_than_their_range() -> None:
 
 
 def test_two_runs_have_a_mean_but_no_interval() -> None:
-    found = estimate(pd.Series([0.2, np.nan, 0.4]))
+    found = estimate(pd.Series([0.2, np.nan, 0.4, np.inf]))
     assert (found.n, found.mean) == (2, pytest.approx(0.3))
     assert np.isnan(found.low) and np.isnan(found.high)
 

@@ -1,7 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pandas as pd
 
+from harness.analysis.evidence import headline_verdicts
 from harness.analysis.sweep import Sweep, cut_at_limit, read_sweep
 from tests.analysis.synthetic import LIMIT, Cell, write_sweep
 
@@ -26,6 +28,19 @@ def test_a_searched_learning_rate_is_never_averaged_over(tmp_path: Path) -> None
     cells = [Cell("gspo", "tiny_dense", seed, learning_rate=rate) for rate in (1e-4, 2e-4) for seed in (0, 1)]
     found = read_sweep(write_sweep(tmp_path / "sweep", [*cells, Cell("ppo", "tiny_dense", 0)]))
     assert found.variants == ["gspo learning_rate=0.0001", "gspo learning_rate=0.0002", "ppo"]
+
+
+def test_planned_cells_whose_settings_are_lost_are_in_no_comparison(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", seed, learning_rate=rate) for rate in (1e-4, 2e-4) for seed in range(4)]
+    folder = write_sweep(tmp_path / "sweep", cells)
+    for lost in (cells[3], cells[7]):  # of one seed
+        shutil.rmtree(folder / lost.name)
+    found = read_sweep(folder)
+    assert found.cells["status"].value_counts().to_dict() == {"done": 6, "planned": 2}
+    assert set(found.compared["status"]) == {"done"}
+    assert [(one.first, one.second) for one in headline_verdicts(found)] == [
+        ("gspo learning_rate=0.0001", "gspo learning_rate=0.0002")
+    ]
 
 
 def test_a_learning_rate_chosen_per_model_makes_no_variants(tmp_path: Path) -> None:

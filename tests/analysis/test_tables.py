@@ -20,9 +20,10 @@ from harness.analysis.tables import (
     rewards,
     samples,
     score_overview,
+    verdict_table,
 )
 from tests.analysis.synthetic import Cell, write_sweep
-from tests.analysis.toy import row
+from tests.analysis.toy import Run, headlined, row
 
 
 def test_final_scores_stand_beside_the_cold_start(sweep: Sweep) -> None:
@@ -150,10 +151,34 @@ def test_text_cannot_break_out_of_a_markdown_table() -> None:
     assert table.markdown().splitlines()[-1] == "| a \\| b &lt;script&gt;\\`rm\\` |"
 
 
-@pytest.mark.parametrize("text", ["![x](http://host/y.png)", "[x](http://host)", "*loud* ~gone~ $x$", "a\\*b"])
+@pytest.mark.parametrize(
+    "text", ["![x](http://host/y.png)", "[x](http://host)", "*loud* ~gone~ $x$", "_a_ __b__ c_d_", "a\\*b"]
+)
 def test_text_is_no_markup_of_markdowns_own(text: str) -> None:
     shown = MarkdownIt("commonmark").enable("strikethrough").renderInline(markdown_text(text))
     assert shown == text
+
+
+def test_underscores_inside_of_words_stay_as_they_are() -> None:
+    assert markdown_text("grpo_routing_replay of _mine") == "grpo_routing_replay of \\_mine"
+
+
+def test_numbers_have_no_exponent_below_a_hundred_thousand() -> None:
+    frame = pd.DataFrame({"budget": [999.4, 999.6, 1800.0, 99_999.0, 1e5, 0.01234]})
+    assert [cell for (cell,) in Table("x", "X", "", frame).rows] == [
+        "999",
+        "1,000",
+        "1,800",
+        "99,999",
+        "1e+05",
+        "0.0123",
+    ]
+
+
+def test_runs_that_went_wrong_are_counted_beside_their_verdict() -> None:
+    runs = [Run(name, seed, [0.2, 0.5 + 0.1 * (name == "a")], [0, 10]) for name in "ab" for seed in range(4)]
+    runs[5] = replace(runs[5], status="diverged")
+    assert row(verdict_table(headlined(runs)), first="a", second="b")["went wrong"] == 1
 
 
 def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:

@@ -130,6 +130,31 @@ def test_runs_that_diverged_lose_and_are_named() -> None:
     assert "Left out, having no score: 1 run." in found.sentence
 
 
+def test_runs_that_all_diverged_are_not_alike_but_undecided() -> None:
+    broken = [[replace(run, status="diverged") for run in ended(name, BASE)] for name in "bc"]
+    found = judge(ended("a", CLEAR), *broken)
+    assert [(one.outcome, one.worst) for one in found] == [("better", 6), ("better", 6), ("undecided", 12)]
+    assert (found[2].difference, found[2].further_seeds) == (0, None)
+    (few,) = judge(broken[0][:2], broken[1][:2])
+    assert few.outcome == "too few"
+
+
+def test_those_with_enough_runs_are_ranked_and_the_others_named() -> None:
+    found = judge(ended("a", CLEAR), ended("b", BASE), ended("c", NEAR), ended("d", CLEAR[:1]))
+    assert [one.outcome for one in found if "d" in (one.first, one.second)] == ["too few"] * 3
+    assert leaders(found) == {"tiny": ["a"]}
+    assert headlines(found) == [
+        "On tiny, a scores higher than every other on held_out. Not ranked, for it takes 5 pairs of runs: d."
+    ]
+
+
+def test_of_two_that_lack_runs_with_each_other_neither_is_ranked_before_the_other() -> None:
+    late = [replace(run, seed=run.seed + 6) for run in ended("c", BASE)]
+    found = judge(ended("a", CLEAR) + [Run("a", seed + 6, [0.9], [10]) for seed in range(6)], ended("b", BASE), late)
+    assert [one.outcome for one in found] == ["better", "better", "too few"]
+    assert leaders(found) == {"tiny": []} and headlines(found)[0].startswith("On tiny, nothing is ranked")
+
+
 def test_the_leaders_are_those_that_none_is_better_than() -> None:
     found = judge(ended("a", CLEAR), ended("b", [value + 0.001 for value in CLEAR]), ended("c", BASE))
     assert leaders(found) == {"tiny": ["a", "b"]}

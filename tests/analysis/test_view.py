@@ -160,11 +160,17 @@ def test_what_is_looked_at_is_said_and_can_be_asked_for_again(sweep: Sweep) -> N
     assert "an equal budget of queries" in said and "ended at 1 TFLOP (flops)" in said
     assert "1.28 thousand on tiny_dense, 1.28 thousand on tiny_moe" in said
     assert "area under the curve of training reward: better means more of it" in said
-    assert "the baseline grpo alone" in said
+    assert "the baseline grpo alone; at equal budgets all are compared with all" in said
     assert arguments(found)[1:] == [
         "--metric", "area:reward/mean", "--axis", "queries", "--baseline", "grpo",
         "--filter", "algorithm=grpo,gspo", "--filter", "seed=1",
     ]  # fmt: skip
+
+
+def test_a_reward_is_said_to_be_a_mean_over_steps_where_verdicts_are_about_it(sweep: Sweep) -> None:
+    smoothed = "training reward (mean over the tenth of a run's steps that ends there): better"
+    assert smoothed in " ".join(notes(viewed(sweep, metric="reward/mean")))
+    assert "held_out: better" in " ".join(notes(viewed(sweep, metric="held_out")))
 
 
 def test_what_is_no_score_has_no_margin_and_what_one_alone_has_is_refused(sweep: Sweep) -> None:

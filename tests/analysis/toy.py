@@ -51,7 +51,7 @@ def toy_sweep(runs: Sequence[Run]) -> Sweep:
         name="toy",
         axis="flops",
         limit=10.0,
-        cells=pd.DataFrame([run.identity for run in runs]),
+        cells=pd.DataFrame([{**run.identity, "config": {"seed": run.seed}} for run in runs]),
         runs=steps,
         all_runs=steps,
         evaluations=pd.DataFrame(
