@@ -380,17 +380,23 @@ def test_every_algorithm_declares_as_many_tuning_trials():
 
 
 @pytest.mark.parametrize(
-    ("trials", "equal", "detail"),
+    ("trials", "took", "equal", "detail"),
     [
-        ({"gspo": 2, "ppo": 2}, True, "2 trials of each algorithm on each model, seeds 1000"),
-        ({"gspo": 2, "ppo": 1}, False, "not tuned alike: trials of gspo on tiny_dense 2, ppo on tiny_dense 1"),
-        ({"gspo": 2}, False, "not tuned alike: trials of gspo on tiny_dense 2; none of ppo on tiny_dense"),
-        ({}, False, "not tuned in this sweep"),
+        ({"gspo": 2, "ppo": 2}, 1e-4, True, "2 trials of each algorithm on each model, seeds 1000"),
+        ({"gspo": 2, "ppo": 1}, 1e-4, False, "not tuned alike: trials of gspo on tiny_dense 2, ppo on tiny_dense 1"),
+        ({"gspo": 2}, 1e-4, False, "not tuned alike: trials of gspo on tiny_dense 2; none of ppo on tiny_dense"),
+        ({}, 1e-4, False, "not tuned in this sweep"),
+        ({"gspo": 2, "ppo": 2}, 2e-4, False, "not tuned alike: ppo-tiny_dense-chain_sum-s0 ran with other settings"),
     ],
 )
-def test_the_report_says_whether_tuning_trials_were_equal(tmp_path, trials, equal, detail):
-    folder = synthetic.write_sweep(tmp_path / "s", [synthetic.Cell(name, "tiny_dense", 0) for name in ("gspo", "ppo")])
-    cells = [synthetic.trial(name, i, 10 ** (i - 4)) for name, count in trials.items() for i in range(count)]
+def test_the_report_says_whether_tuning_trials_were_equal(tmp_path, trials, took, equal, detail):
+    compared = [synthetic.trial("gspo", None, 1e-4, seed=0), synthetic.trial("ppo", None, took, seed=0)]
+    folder = synthetic.write_sweep(tmp_path / "s", compared)
+    cells = [
+        synthetic.trial(name, i, 10 ** (i - 4), gain=0.3 - 0.2 * i)
+        for name, count in trials.items()
+        for i in range(count)
+    ]
     if cells:
         synthetic.write_sweep(folder / "trials", cells)
     (check,) = [check for check in checks(read_sweep(folder)) if check.what == "tuning trials"]

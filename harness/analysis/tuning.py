@@ -13,7 +13,7 @@ from harness.analysis.panels import legend, panels, title
 from harness.analysis.style import Drawing, looks, unit
 from harness.analysis.sweep import Sweep, columns_of
 from harness.analysis.table import Table
-from harness.runs.trials import TRIALS, best_trials, trial_scores
+from harness.runs.trials import TRIALS, best_trials, searched, trial_scores
 
 _KEYS = ["algorithm", "setting", "trial"]
 _OF_RUN = [*_KEYS, "seed", "score", "chosen", "status"]
@@ -140,6 +140,9 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
         return False, f"not tuned alike: trials of {counts}; none of {', '.join(missing)}"
     if trials.nunique() > 1 or any(own != seeds[0] for own in seeds):
         return False, f"not tuned alike: trials of {counts}"
+    strangers = _with_other_settings(ran, runs)
+    if strangers:
+        return False, f"not tuned alike: {', '.join(strangers)} ran with other settings than those of the best trials"
     axis = f"spent/{sweep.axis}"
     spent = unit(sweep.axis, runs[axis].max()).text(runs[axis].mean())
     return True, (
@@ -152,6 +155,17 @@ def tuning_sentence(sweep: Sweep) -> str:
     """For the reader of a verdict: how the settings came about that it compares."""
     alike, how = tuning_summary(sweep)
     return f"Tuned alike: {how}." if alike else f"{how[0].upper()}{how[1:]}."
+
+
+def _with_other_settings(cells: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
+    """Labels of the cells that have not what was chosen for them; an untuned sweep may have been there before."""
+    chosen = runs[runs["chosen"]].drop_duplicates(["algorithm", "setting"]).set_index(["algorithm", "setting"])
+    return [
+        cell["label"]
+        for cell in cells.to_dict("records")
+        if (where := (cell["algorithm"], cell["setting"])) in chosen.index
+        and searched(cell["config"]) != chosen.at[where, "settings"]
+    ]
 
 
 def _folders(sweep: Sweep) -> list[Path]:

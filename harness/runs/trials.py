@@ -35,7 +35,7 @@ def trial_scores(folder: Path) -> pd.DataFrame:
     return cells[["algorithm", "model", "task", "seed", "status", "run", *spent]].assign(
         trial=cells["config"].map(lambda config: (config.get("tuning") or {}).get("trial")),
         score=score.mask(cells["status"].isin(["diverged", "failed"]), -np.inf),
-        settings=cells["config"].map(_searched),
+        settings=cells["config"].map(searched),
     )
 
 
@@ -56,7 +56,7 @@ def best_trials(scores: pd.DataFrame) -> pd.DataFrame:
     return means.loc[means.groupby(keys, sort=False)["score"].idxmax()].reset_index(drop=True)
 
 
-def _searched(config: dict[str, Any]) -> dict[str, Any]:
+def searched(config: dict[str, Any]) -> dict[str, Any]:
     """The values that a run has for the keys of its search space."""
     algorithm = config.get("algorithm") or {}
     return {f"algorithm.{key}": _at(algorithm, key) for key in algorithm.get("search_space") or {}}

@@ -93,8 +93,8 @@ def comparison(seeds: int = 3) -> list[Cell]:
     return cells
 
 
-def trial(algorithm: str, number: int, rate: float, seed: int = 1000, **how: Any) -> Cell:
-    """A trial that tries a learning rate."""
+def trial(algorithm: str, number: int | None, rate: float, seed: int = 1000, **how: Any) -> Cell:
+    """A trial that tries a learning rate; without a number a run of the comparison that took it."""
     cell = Cell(algorithm, "tiny_dense", seed, learning_rate=rate, **how)
     searched = {**cell.resolved["algorithm"], "search_space": {"optimizer.learning_rate": [rate]}}
     cell.config = {"algorithm": searched, "tuning": {"trial": number}}
