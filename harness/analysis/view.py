@@ -150,7 +150,21 @@ def notes(sweep: Sweep) -> list[str]:
         said.append(
             f"Verdicts are against the baseline {sweep.baseline} alone; at equal budgets all are compared with all."
         )
+    untrained = _untrained(sweep)
+    if untrained:
+        said.append(
+            f"The first rollout batch took more than the budget: what is evaluated of {', '.join(untrained)} is the "
+            "cold start, not what was trained. Give a larger budget.limits."
+        )
     return said
+
+
+def _untrained(sweep: Sweep) -> list[str]:
+    """Labels of finished runs of which no trained state lies inside the budget."""
+    done = sweep.cells[sweep.cells["status"] == "done"]
+    later = sweep.evaluations[sweep.evaluations["fraction"] > 0] if len(sweep.evaluations) else sweep.evaluations
+    last = later.groupby("run")["step"].max() if len(later) else pd.Series(dtype=float)
+    return list(done.loc[done["run"].map(last) == 0, "label"])
 
 
 def arguments(sweep: Sweep) -> list[str]:

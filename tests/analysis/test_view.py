@@ -153,6 +153,15 @@ def test_scores_of_a_filtered_sweep_are_those_of_the_whole(sweep: Sweep) -> None
     pd.testing.assert_frame_equal(whole[whole["algorithm"] == "gspo"].reset_index(drop=True), part)
 
 
+def test_runs_whose_budget_no_rollout_batch_fits_are_named(sweep: Sweep) -> None:
+    run = sweep.cells.loc[sweep.cells["label"] == "gspo-tiny_dense-chain_sum-s0", "run"].item()
+    later = sweep.evaluations["step"].where(sweep.evaluations["run"] != run, 0)
+    (said,) = notes(replace(sweep, evaluations=sweep.evaluations.assign(step=later)))
+    assert "what is evaluated of gspo-tiny_dense-chain_sum-s0 is the cold start, not what was trained" in said
+    only_before = sweep.evaluations[sweep.evaluations["fraction"] == 0]
+    assert notes(replace(sweep, evaluations=only_before)) == []
+
+
 def test_what_is_looked_at_is_said_and_can_be_asked_for_again(sweep: Sweep) -> None:
     found = viewed(sweep, "area:reward/mean", "queries", "grpo", ["algorithm=grpo,gspo", "seed=1"])
     said = " ".join(notes(found))
