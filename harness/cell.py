@@ -17,7 +17,8 @@ from pathlib import Path
 from harness.config import RunConfig, config_hash, load, save
 from harness.errors import ConfigError, Diverged
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
-from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint, provenance
+from harness.runs.inputs import changed_input, inputs_fingerprint
+from harness.runs.provenance import code_fingerprint, provenance
 from harness.torch_setup import set_up_torch
 
 EXIT_CODES = {"done": 0, "diverged": 0, "skipped": 0, "failed": 1, "interrupted": 130}

@@ -21,7 +21,8 @@ from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
-from harness.runs.provenance import changed_input, code_fingerprint, inputs_fingerprint
+from harness.runs.inputs import changed_input, inputs_fingerprint
+from harness.runs.provenance import code_fingerprint
 from harness.sweep.tuning import rehearsed, tuned
 from harness.validation import check
 

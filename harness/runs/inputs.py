@@ -1,0 +1,36 @@
+"""What a run reads beside the code and its configuration, and whether it is still what it was."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from harness.config import RunConfig
+from harness.evaluation.entries import entry_path, held_out_entries
+from harness.runs.provenance import fingerprint
+
+
+def inputs_fingerprint(config: RunConfig) -> dict[str, str]:
+    """The :func:`fingerprint` of each file that a run reads beside the code and its configuration, by name.
+
+    These are its plugins, its task's file, the entries whose problems its evaluation asks, and lm-eval tasks of the
+    user's. What a plugin imports in its turn is not among them, nor is a data set that is known by its name.
+    """
+    specs = {plugin: find_spec(plugin) for plugin in config.plugins}
+    sources = {plugin: Path(spec.origin) for plugin, spec in specs.items() if spec and spec.origin}
+    places = {plugin: path.parent if path.name == "__init__.py" else path for plugin, path in sources.items()}
+    places |= {f"conf/task/{task}.yaml": entry_path(task) for task in held_out_entries(config.evaluation).values()}
+    places |= {path: Path(path) for path in (config.task.path, config.evaluation.task_path) if path}
+    return {name: fingerprint([place.name], place.parent) for name, place in places.items()}
+
+
+def changed_input(recorded: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
+    """`NAME (old, now new)` of the first input that is not as it was; None where all that both have are.
+
+    Args:
+        recorded: the provenance of a run.
+        inputs: of :func:`inputs_fingerprint`.
+    """
+    known = recorded.get("inputs", {})
+    changed = (name for name, digest in inputs.items() if known.get(name, digest) != digest)
+    return next((f"{name} ({known[name]}, now {inputs[name]})" for name in changed), None)

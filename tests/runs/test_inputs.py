@@ -1,0 +1,26 @@
+"""Fingerprints of what a run reads beside the code."""
+
+from harness.config import compose
+from harness.runs.inputs import changed_input, inputs_fingerprint
+
+
+def test_every_file_that_a_run_reads_has_a_fingerprint_that_changes_with_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = ["alone_part.py", "packed_part/inner.py", "rows.jsonl", "tasks/mine.yaml"]
+    for file in [*files, "packed_part/__init__.py"]:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1", "answer": "#### 2"}')
+    data, tasks = str(tmp_path / "rows.jsonl"), str(tmp_path / "tasks")
+    given = ["plugins=[alone_part,packed_part]", "task=gsm8k", f"task.path={data}", f"evaluation.task_path={tasks}"]
+    config = compose([*given, "task.max_prompt_tokens=200", "task.max_completion_tokens=200"])
+    names = ["alone_part", "packed_part", data, tasks]
+    for file, name in zip(files, names, strict=True):
+        before = inputs_fingerprint(config)
+        assert set(before) == {*names, "conf/task/chain_sum.yaml"}
+        assert changed_input({"inputs": before}, before) is None
+        with open(tmp_path / file, "a") as opened:
+            opened.write("# changed\n")
+        after = inputs_fingerprint(config)
+        assert {key for key in after if after[key] != before[key]} == {name}
+        assert changed_input({"inputs": before}, after) == f"{name} ({before[name]}, now {after[name]})"
