@@ -9,8 +9,8 @@ import pandas as pd
 from harness.analysis.sweep import Sweep, distinct, flatten
 from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_summary
+from harness.config import EQUAL_KEYS
 
-_SECTIONS = ("budget", "rollout", "evaluation", "device", "threads")  # must be equal in all cells
 _SPEEDS = 1.25  # that the update's medians may lie apart, whose work is the same for all
 
 
@@ -87,11 +87,15 @@ def _same_problem(cells: pd.DataFrame) -> list[Check]:
     for model, group in _by(cells, "model"):
         found.append(_one_value(f"initial weights of {model}", group["initial_weights"]))
         found.append(_settings(f"model settings of {model}", group, "model"))
-    return found + [_settings(f"prompts: settings of task {task}", group, "task") for task, group in _by(cells, "task")]
+    found += [_settings(f"prompts: settings of task {task}", group, "task") for task, group in _by(cells, "task")]
+    recorded = [inputs for inputs in cells["inputs"] if isinstance(inputs, dict)]
+    for name in dict.fromkeys(name for inputs in recorded for name in inputs):
+        found.append(_one_value(f"content of {name}", pd.Series([inputs.get(name) for inputs in recorded])))
+    return found
 
 
 def _same_conditions(cells: pd.DataFrame) -> list[Check]:
-    settings = [_settings(f"{section} settings", cells, section) for section in _SECTIONS]
+    settings = [_settings(f"{section} settings", cells, section) for section in EQUAL_KEYS]
     code, device = _one_value("code that affects numbers", cells["code"]), _one_value("device model", cells["device"])
     return [*settings, code, device]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from harness.config import NOT_NUMBERS
 from harness.runs import load_cells, load_evaluations, load_runs, load_samples
 from harness.runs.reading import PathLike
 
 # Where a run writes, never what it computes; and what a mean is taken over.
-_NOT_SETTINGS = ("sweep", "results", "logger", "tuning", "checkpoint_every", "seed")
+_NOT_SETTINGS = (*NOT_NUMBERS, "seed")
 
 
 @dataclass(frozen=True, eq=False)  # frames have no one answer to ==, so that a sweep equals itself alone

@@ -28,7 +28,17 @@ IDENTITY = (
     ["sweep", "run", "label", "algorithm", "model", "task", "seed", "status", "reason"]
     + ["budget_axis", "budget_limit"]
 )  # fmt: skip
-_PROVENANCE = ("git_commit", "git_dirty", "code", "python", "platform", "device", "initial_weights", "packages")
+_PROVENANCE = (
+    "git_commit",
+    "git_dirty",
+    "code",
+    "python",
+    "platform",
+    "device",
+    "initial_weights",
+    "packages",
+    "inputs",
+)
 
 PathLike = str | os.PathLike[str]
 

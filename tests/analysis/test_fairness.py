@@ -28,6 +28,20 @@ def test_other_initial_weights_are_found(tmp_path: Path) -> None:
     assert "others" in found.detail
 
 
+def test_a_plugin_that_was_edited_between_runs_is_found(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0), Cell("gspo", "tiny_dense", 1)]
+    root = write_sweep(tmp_path / "sweep", cells)
+    read = [{"mine": "aaa", "rows.jsonl": "ccc"}, {"rows.jsonl": "ccc"}, {"mine": "bbb", "rows.jsonl": "ccc"}]
+    for cell, inputs in zip(cells, read, strict=True):
+        file = root / cell.name / "run.json"
+        run = json.loads(file.read_text())
+        run["provenance"]["inputs"] = inputs
+        file.write_text(json.dumps(run))
+    found = by_name(checks(read_sweep(root)))
+    assert found["content of rows.jsonl"] == Check("content of rows.jsonl", True, "ccc")
+    assert found["content of mine"] == Check("content of mine", False, "aaa, bbb")
+
+
 def test_a_setting_that_should_be_equal_is_named_with_its_values(tmp_path: Path) -> None:
     warm = {"rollout": {"engine": "embedded", "completions_per_batch": 256, "temperature": 0.7}}
     cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0, config=warm)]
