@@ -130,7 +130,7 @@ def test_a_preset_may_name_the_cells_and_the_command_line_may_narrow_them(tmp_pa
 
 
 def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
-    dense, moe = _plan("algorithm=grpo_routing_replay", "model=tiny_dense,tiny_moe")
+    dense, moe = _plan("algorithm=grpo_routing_replay", "model=tiny_dense,tiny_moe", "sweep=s")
     assert dense.declined is not None and "nothing to replay" in dense.declined
     assert moe.declined is None
 
@@ -141,8 +141,8 @@ def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
         (["sedd=0,1"], "sedd"),
         (["algorithm=ppo,gpso"], "algorithm/gpso"),
         (["seed=0,-1"], r"(?s)seed=-1.*in the cell seed=-1"),
-        (["seed=0,0"], "gspo-tiny_dense-chain_sum-s0 twice"),
-        (["budget.limits.flops=1.0,2.0"], r"budget.limits.flops \(1.0, here 2.0\)"),
+        (["seed=0,0", "sweep=s"], "gspo-tiny_dense-chain_sum-s0 twice"),
+        (["budget.limits.flops=1.0,2.0", "sweep=s"], r"budget.limits.flops \(1.0, here 2.0\)"),
         (["seed=0,1", "sweep=a,b"], "results/a and results/b"),
         (["hydra.sweeper._target_=optuna.Sweeper"], "basic sweeper"),
     ],
@@ -189,7 +189,7 @@ def test_trials_that_are_declined_are_cells_of_their_own(tmp_path):
 
 
 def test_how_a_cell_failed_stays_known_until_it_runs_again(tmp_path):
-    (cell,) = _plan(f"results={tmp_path}", "seed=3")
+    (cell,) = _plan(f"results={tmp_path}", "seed=3", "sweep=s")
     freeze(cell.config.run_dir.parent, [cell])
     directory = RunDirectory(cell.config.run_dir)
     directory.update_status(status="failed", reason="why")
