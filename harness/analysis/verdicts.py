@@ -1,9 +1,8 @@
 """Who is better, by how much, how sure, and what would settle what is open: verdicts on pairs of variants, in words."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,7 +10,6 @@ import pandas as pd
 
 from harness.analysis.decisions import (
     LEVEL,
-    MOST_SEEDS,
     Differences,
     differences,
     further_seeds,
@@ -38,7 +36,7 @@ class Verdict:
         least: pairs below which nothing is decided (:func:`harness.analysis.decisions.least_pairs`).
         further_seeds: that would decide it with a probability of 80 %, if difference and spread are as measured (at
             least `least - n`); 0 where it is decided, None where more than 1,000, or where no run ended well.
-        worst, missing: runs of the two that count as the worst because they diverged or failed, and without a score.
+        worst: runs of the two that count as the worst because they diverged or failed.
     """
 
     setting: str
@@ -57,12 +55,6 @@ class Verdict:
     least: int
     further_seeds: int | None
     worst: int
-    missing: int
-
-    @property
-    def sentence(self) -> str:
-        """In plain English, the variant that scores higher first."""
-        return " ".join([_finding(self if not self.difference < 0 else _turned(self)), *_remarks(self)])
 
 
 def verdicts(
@@ -110,7 +102,6 @@ def verdicts(
                 least=least,
                 further_seeds=None if lost else _further(outcome, one, n, undecided, margin, least),
                 worst=about["worst"],
-                missing=about["missing"],
             )
             found.append(verdict)
     return found
@@ -170,54 +161,6 @@ def _ranked(here: Sequence[Verdict]) -> list[str]:
     return names if len(names) > 1 else []
 
 
-def _turned(verdict: Verdict) -> Verdict:
-    """The same, said of the second against the first."""
-    turned: dict[Outcome, Outcome] = {"better": "worse", "worse": "better"}
-    return replace(
-        verdict, first=verdict.second, second=verdict.first, difference=-verdict.difference,
-        low=-verdict.high, high=-verdict.low, outcome=turned.get(verdict.outcome, verdict.outcome),
-    )  # fmt: skip
-
-
-def _finding(v: Verdict) -> str:
-    digits = _digits(v.high - v.low)
-    if v.outcome == "too few":
-        family = "" if v.comparisons == 1 else f" for {v.comparisons} comparisons"
-        return (
-            f"On {v.setting}, {v.first} and {v.second} cannot be told apart on {v.metric} from "
-            f"{_count(v.n, 'pair')} of runs: it takes at least {v.least}{family}."
-        )
-    numbers = f"95 % interval {v.low:z.{digits}f} to {v.high:z.{digits}f}, n = {v.n} pairs"
-    tested = f"{numbers}, {'p < 0.001' if v.p_holm < 0.001 else f'p = {v.p_holm:.2g}'} after Holm"
-    higher = f"{v.first} scores {v.difference:z.{digits}f} higher than {v.second}"
-    if v.outcome == "undecided":
-        return f"On {v.setting}, {v.first} against {v.second} is undecided on {v.metric}: {higher} ({tested})."
-    if v.outcome == "equivalent":
-        none = f"{v.first} and {v.second} differ by less than {v.margin:g} on {v.metric}"
-        return f"On {v.setting}, {none}: {higher} ({numbers})."
-    return f"On {v.setting}, {higher} on {v.metric} ({tested})."
-
-
-def _remarks(v: Verdict) -> list[str]:
-    """What would decide it, and which runs the numbers hang on."""
-    said = []
-    if v.outcome in ("undecided", "too few"):
-        if v.further_seeds is None:
-            said.append(f"It would take more than {MOST_SEEDS:,} further seeds.")
-        elif v.n < _FEWEST:
-            said.append(f"It takes {_count(v.further_seeds, 'further seed')} or more.")
-        else:
-            said.append(
-                f"About {_count(v.further_seeds, 'further seed')} would decide it (80 % power), were the difference "
-                f"and its spread to stay as they are."
-            )
-    if v.worst:
-        said.append(f"Counted as the worst score: {_count(v.worst, 'run')} that diverged or failed.")
-    if v.missing:
-        said.append(f"Left out, having no score: {_count(v.missing, 'run')}.")
-    return said
-
-
 def _headline(here: Sequence[Verdict], leading: Sequence[str], ranked: Sequence[str]) -> str:
     one = here[0]
     if not leading:
@@ -258,10 +201,3 @@ def _against(here: Sequence[Verdict], baseline: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _digits(width: float) -> int:
-    """Decimals that show two digits of an interval's width, and three below 1."""
-    if not width > 0:
-        return 3
-    return max(3 if width < 1 else 0, 1 - math.floor(math.log10(width)))

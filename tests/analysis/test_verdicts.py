@@ -38,25 +38,17 @@ def test_the_better_one_is_named_with_effect_interval_pairs_and_p() -> None:
     half = 2.5706 * np.sqrt(0.0004 / 5) / np.sqrt(6)
     assert (found.outcome, found.n, found.comparisons, found.further_seeds) == ("better", 6, 1, 0)
     assert (found.difference, found.low, found.high) == pytest.approx((0.05, 0.05 - half, 0.05 + half), abs=1e-5)
-    assert found.sentence == (
-        "On tiny, grpo scores 0.050 higher than gspo on held_out (95 % interval 0.041 to 0.059, n = 6 pairs, "
-        "p < 0.001 after Holm)."
-    )
+    assert found.p_holm < 0.001
 
 
-def test_whoever_is_ahead_comes_first_in_the_sentence() -> None:
+def test_the_first_of_a_pair_may_be_the_worse_one() -> None:
     (found,) = judge(ended("gspo", BASE), ended("grpo", CLEAR))
     assert (found.first, found.outcome) == ("gspo", "worse") and found.difference == pytest.approx(-0.05)
-    assert found.sentence.startswith("On tiny, grpo scores 0.050 higher than gspo on held_out (95 % interval 0.041 to")
 
 
 def test_a_difference_inside_the_margin_is_none() -> None:
     (found,) = judge(ended("grpo", NEAR), ended("gspo", BASE))
     assert found.outcome == "equivalent" and found.further_seeds == 0
-    assert found.sentence == (
-        "On tiny, grpo and gspo differ by less than 0.02 on held_out: grpo scores 0.0005 higher than gspo (95 % "
-        "interval -0.0015 to 0.0025, n = 6 pairs)."
-    )
     (strict,) = judge(ended("grpo", NEAR), ended("gspo", BASE), margin=0.001)
     assert strict.outcome == "undecided"
 
@@ -66,12 +58,6 @@ def test_what_is_open_says_what_would_settle_it() -> None:
     spread = float(np.std([0.10, -0.04, 0.08, -0.06, 0.05, -0.01], ddof=1))
     assert found.outcome == "undecided"
     assert found.further_seeds == further_seeds(0.02, spread, 6, 1, 0.02)
-    assert found.sentence == (
-        f"On tiny, grpo against gspo is undecided on held_out: grpo scores 0.020 higher than gspo (95 % interval "
-        f"-0.049 to 0.089, n = 6 pairs, p = {found.p:.2g} after Holm). About {found.further_seeds} further seeds would "
-        f"decide it (80 % power), were the difference and its spread to stay as they are."
-    )
-    assert replace(found, further_seeds=None).sentence.endswith("It would take more than 1,000 further seeds.")
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -80,7 +66,6 @@ def test_with_too_few_seeds_nothing_is_decided_or_ranked(seeds: int) -> None:
     (one,) = found
     assert (one.outcome, one.n, one.least, one.further_seeds) == ("too few", seeds, 4, 4 - seeds)
     pairs = "1 pair" if seeds == 1 else f"{seeds} pairs"
-    assert f"cannot be told apart on held_out from {pairs} of runs: it takes at least 4." in one.sentence
     assert leaders(found) == {"tiny": []}
     assert headlines(found) == [f"On tiny, nothing is ranked on held_out: {pairs} of runs where it takes 4."]
 
@@ -93,7 +78,6 @@ def test_more_comparisons_take_more_seeds_and_stronger_evidence() -> None:
     assert two[0].outcome == "better" and two[0].p_holm == two[0].p
     assert four[0].outcome == "too few" and (four[0].comparisons, four[0].least) == (6, 5)
     assert four[0].p_holm == pytest.approx(6 * four[0].p)
-    assert "it takes at least 5 for 6 comparisons." in four[0].sentence
 
 
 def test_what_is_decided_already_makes_the_rest_easier() -> None:
@@ -125,9 +109,7 @@ def test_runs_that_diverged_lose_and_are_named() -> None:
     broken = [replace(run, status="diverged") for run in ended("gspo", BASE)[:2]]
     waiting = Run("gspo", 6, [0.9], [10], status="running")
     (found,) = judge(ended("grpo", CLEAR), broken, ended("gspo", BASE)[2:], [waiting, Run("grpo", 6, [0.9], [10])])
-    assert (found.n, found.worst, found.missing) == (6, 2, 1)
-    assert "Counted as the worst score: 2 runs that diverged or failed." in found.sentence
-    assert "Left out, having no score: 1 run." in found.sentence
+    assert (found.n, found.worst) == (6, 2)  # the one that is not over has no score
 
 
 def test_runs_that_all_diverged_are_not_alike_but_undecided() -> None:
