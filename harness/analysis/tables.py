@@ -77,7 +77,8 @@ def verdict_table(sweep: Sweep) -> Table:
     rows = [
         {
             "model": one.setting, "first": one.first, "first is": one.outcome, "second": one.second,
-            "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n, "went wrong": one.worst,
+            "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n,
+            **({"went wrong": one.worst} if any(other.worst for other in found) else {}),
             "p (Holm)": one.p_holm,
             "further seeds": "over 1,000" if one.further_seeds is None else str(one.further_seeds),
         }
@@ -88,8 +89,8 @@ def verdict_table(sweep: Sweep) -> Table:
         "the mean difference, which is not corrected for many comparisons; p of the paired t test, after Holm for the "
         f"pairs of a model that stand here. {_decided(found)} Too few: so few pairs decide nothing. Further seeds: "
         "those that would decide it with a probability of 80 %, were difference and spread as measured. Runs of "
-        "the two that diverged or failed (went wrong) count as the worst; where these meet each other alone, it is "
-        "undecided."
+        "the two that diverged or failed (went wrong, where there are any) count as the worst; where these meet each "
+        "other alone, it is undecided."
     )
     if sweep.limits:
         note += f" At an equal budget of {sweep.axis}: {budget_text(sweep)}."

@@ -179,6 +179,8 @@ def test_runs_that_went_wrong_are_counted_beside_their_verdict() -> None:
     runs = [Run(name, seed, [0.2, 0.5 + 0.1 * (name == "a")], [0, 10]) for name in "ab" for seed in range(4)]
     runs[5] = replace(runs[5], status="diverged")
     assert row(verdict_table(headlined(runs)), first="a", second="b")["went wrong"] == 1
+    sound = [replace(run, status="done") for run in runs]
+    assert "went wrong" not in verdict_table(headlined(sound)).frame
 
 
 def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
