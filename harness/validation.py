@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from harness.algorithms.registry import PARTS, check_settings
 from harness.config import (
@@ -14,13 +13,13 @@ from harness.config import (
     AlgorithmConfig,
     BudgetConfig,
     LoggerConfig,
-    ModelConfig,
     RunConfig,
     TaskConfig,
 )
 from harness.errors import ConfigError, Declined
 from harness.evaluation import check_evaluation
 from harness.evaluation.entries import entry, held_out_entries
+from harness.policy.architecture import architecture, is_moe
 from harness.runs.loggers import LOGGERS
 from harness.tasks import check_task
 
@@ -388,24 +387,3 @@ def check_positions(task: TaskConfig, room: int | None, model: str) -> None:
         f"make sequences of up to {asked} tokens where {model} has {room} positions (max_position_embeddings): lower "
         "one of the two",
     )
-
-
-def is_moe(model: ModelConfig) -> bool:
-    """Whether the model routes tokens to experts, read from its configuration alone."""
-    fields = architecture(model)
-    return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
-
-
-def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a model's transformers configuration: those that were given, or all that its checkpoint has."""
-    if model.architecture is not None:
-        return model.architecture
-    from transformers import AutoConfig
-
-    from harness.policy.loading import unreadable
-
-    assert model.path is not None
-    try:
-        return AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
-    except Exception as error:  # whatever a damaged file makes of the libraries that read it
-        raise ConfigError(unreadable(model.path, error)) from error

@@ -15,7 +15,7 @@ from harness.exporting.translation import (
     renamed,
     translate,
 )
-from harness.validation import is_moe
+from harness.policy.architecture import is_moe
 
 _CLIP = {"clip_low": "epsilon", "clip_high": "epsilon_high"}
 # Surrogate -> its settings.

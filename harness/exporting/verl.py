@@ -14,7 +14,7 @@ from harness.exporting.translation import (
     translate,
 )
 from harness.exporting.verl_objective import ACTOR, ROLLOUT, aggregation, entropy, kl, loss, mismatch, selection
-from harness.validation import architecture
+from harness.policy.architecture import architecture
 
 
 def export(run: RunConfig) -> str:

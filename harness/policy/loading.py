@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from harness.config import ModelConfig
 from harness.errors import ConfigError
+from harness.policy.architecture import unreadable
 from harness.policy.experts import follow_autocast, use_closed_form
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
@@ -73,14 +74,6 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
         follow_autocast(model)
     else:
         use_closed_form(model)
-
-
-def unreadable(path: str, error: Exception) -> str:
-    """What to say where transformers cannot read what should be a checkpoint."""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if Path(path).is_dir():
-        return f"model.path={path}: its files cannot be read as a causal language model's ({reason})"
-    return f"model.path={path}: there is no such folder, and no hub has it or none can be reached ({reason})"
 
 
 @torch.no_grad()

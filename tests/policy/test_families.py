@@ -8,11 +8,11 @@ from transformers import AutoConfig
 from harness.cell import prepare
 from harness.config import compose
 from harness.errors import ConfigError
+from harness.policy.architecture import is_moe
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import Routing, check_routing, expert_layers, routers
 from harness.policy.tokenizer import build_tokenizer
 from harness.trainer import Trainer
-from harness.validation import is_moe
 from tests.policy.families import EXPERTS, FAMILIES, LATENT, build
 
 # Of three layers these have a dense one among them.
