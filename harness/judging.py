@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from harness.policy.routing import Routing, padding_routes
 from harness.reward import Rewards
 from harness.rollout.batch import Batch, send
 from harness.update import Targets
+
+# Passes that keep no activations take so many times the sequences of those that do.
+_SEQUENCES = 4
 
 
 class Judge:
@@ -47,6 +51,8 @@ class Judge:
             batch: the rollout batch.
             rewards: what its completions earned.
         """
+        if batch.routes is not None:
+            batch = replace(batch, routes=batch.alike(batch.routes))
         old_logprobs, routes = batch.rollout_logprobs, batch.routes
         if self.config.algorithm.old_logprobs == "trainer":
             old_logprobs, routes = self._old_logprobs(batch)
@@ -73,12 +79,12 @@ class Judge:
 
         def forward(micro: Batch) -> Tensor:
             packing = Packing(decoder(self.policy), micro)
-            routing.replay = None if micro.routes is None else packing.in_one(send(micro.routes, self.policy.device))
+            routing.replay = None if micro.routes is None else packing.of_tokens(send(micro.routes, self.policy.device))
             logprobs = completion_logprobs(self.policy, micro, self.config.rollout.temperature, packing=packing)[0]
             if routing.layers and micro.routes is None:
                 with recording():
                     choices = routing.choices()
-                    recorded.append(packing.in_rows(choices))
+                    recorded.append(packing.of_positions(choices))
             return logprobs
 
         with self.meter.phase("old_logprobs"), routing.watch():
@@ -116,7 +122,7 @@ class Judge:
         return result
 
     def _micro_rows(self, batch: Batch) -> tuple[Tensor, ...]:
-        return batch.lengths.argsort(stable=True).split(self.config.model.micro_batch_sequences)
+        return batch.lengths.argsort(stable=True).split(_SEQUENCES * self.config.model.micro_batch_sequences)
 
     def _assemble_routes(self, batch: Batch, routes: list[Tensor]) -> Tensor:
         """The micro-batches' choices in the batch's order."""
@@ -125,6 +131,4 @@ class Judge:
         result = padding_routes(rows, length, like=routes[0])
         for micro_rows, part_routes in zip(self._micro_rows(batch), routes, strict=True):
             result[micro_rows, : part_routes.shape[1]] = part_routes
-        # Micro-batches may differ where two experts score nearly the same; updates read a prompt once for its group.
-        prompt = torch.arange(length) < batch.prompt_lengths.unsqueeze(1)
-        return torch.where(prompt[..., None, None], result[batch.first_of_group], result)
+        return batch.alike(result)

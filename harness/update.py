@@ -222,7 +222,7 @@ class PolicyUpdater(Updater):
         packing = Packing(decoder(self.policy), micro)
         replayed = targets.routes if algorithm.routing_replay != "disabled" else None
         routing = self.routing
-        routing.replay = None if replayed is None else packing.in_one(replayed)
+        routing.replay = None if replayed is None else packing.of_tokens(replayed)
         # The rollout batch's first step still has the weights that it was sampled with.
         first = self.updates % algorithm.steps_per_batch == 0
         with routing.watch():  # around the backward pass too: recomputed activations must take the same routes
@@ -242,7 +242,7 @@ class PolicyUpdater(Updater):
                 loss = loss - bonus * entropy.sum() / tokens
             if targets.routes is not None and not first:  # where it would only measure rounding
                 with self.uncharged():
-                    old = packing.in_one(targets.routes)[packing.completion]
+                    old = packing.of_tokens(targets.routes)[packing.completion]
                     _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
                     _expert_changes(routing.used, packing, old, metrics, ("used_expert",))
             loss.backward()

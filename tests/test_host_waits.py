@@ -88,7 +88,8 @@ def test_gradients_of_the_critic(policy, batch):
 def test_old_log_probabilities(policy, batch, algorithm, monkeypatch):
     """All passes are under way before the first result is fetched."""
     config = compose([f"algorithm={algorithm}", "model=tiny_moe"])
-    config.model.micro_batch_sequences = 2
+    config.model.micro_batch_sequences = 1
+    monkeypatch.setattr("harness.judging._SEQUENCES", 2)
     batch = replace(batch, routes=None)
     meter = Meter(config.budget, torch.device("cpu"))
     judge = Judge(config, meter, policy, policy_cost(policy), None, None, None)

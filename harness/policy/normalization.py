@@ -34,7 +34,12 @@ class RMSNorm(nn.Module):
             return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(states, self.weight, self.constant)
-        return (states * _scale(states, self.constant)).mul_(self.weight)
+        return normalized(states, self.weight, self.constant)
+
+
+def normalized(states: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
+    """[..., D] from states [..., D], a gain that fits them, and what is added to the mean square. No gradients."""
+    return (states * _scale(states, epsilon)).mul_(weight)
 
 
 def _scale(states: Tensor, epsilon: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Forward passes without padding: the tokens of a batch one behind the other in a single row.
 
-The prompt of several completions stands there once: whatever it is computed from is the same for all of them. Only
-attention sets tokens in rows, each completion behind its prompt.
+What several rows begin with stands there once, be it their prompt or more: whatever is computed from it is the same for
+all of them. Only attention sets tokens in rows, each behind what comes before it.
 
 Where tokens are is worked out in host memory and then sent to the device, so that nobody waits for it to say.
 """
@@ -24,8 +24,8 @@ from harness.rollout.batch import Batch, join, send
 class Packing:
     """Where the N tokens of a batch's rows, and M completion tokens among them, are in the input of a network.
 
-    Networks that cannot do without padding see all B x L positions; the others see the real ones, prompts first, each
-    once for the completions that it has in the batch, and a few tokens that fill up their number.
+    Networks that cannot do without padding see all B x L positions; the others see the real tokens, each once for the
+    rows that begin with it and with what comes before it, and a few more that fill up their number.
 
     Attributes:
         inputs: what the network is called with.
@@ -38,11 +38,11 @@ class Packing:
             network: says whether it does without padding, and on which device the places are to be.
             batch: in host memory.
         """
-        self.shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
+        self._shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
         device, padding_free = network.device, is_padding_free(network)
-        columns = torch.arange(self.shape[1]).expand(self.shape)
+        columns = torch.arange(self._shape[1]).expand(self._shape)
         layout = _packed(batch, columns) if padding_free else _all(columns)
-        self.completion = send(layout.rows.view(self.shape)[batch.positions()], device)
+        self.completion = send(layout.tokens[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
         self._layout = layout.to(device)
         self.inputs: dict[str, Any]
@@ -50,46 +50,59 @@ class Packing:
             self.inputs = {"input_ids": send(batch.input_ids, device)}
         else:
             self.inputs = {
-                "input_ids": send(batch.input_ids.flatten()[layout.own].unsqueeze(0), device),
-                "position_ids": send(columns.flatten()[layout.own].unsqueeze(0), device),
+                "input_ids": send(batch.input_ids.flatten()[layout.positions].unsqueeze(0), device),
+                "position_ids": send(columns.flatten()[layout.positions].unsqueeze(0), device),
                 # Without one transformers would look in the positions for sequences, and wait for the device.
                 "attention_mask": send(torch.ones(1, 1, 1, 1, dtype=torch.bool), device),
                 "packing": self,
             }
 
-    def in_one(self, rows: Tensor) -> Tensor:
-        """[N, ...] from [B, L, ...]: of a prompt's copies the first."""
-        return _InOne.apply(rows.flatten(0, 1), self._layout)
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """[N, ...] from those of the batch's positions [B, L, ...]: of equal ones that of one row."""
+        return values.flatten(0, 1).index_select(0, self._layout.positions)
 
-    def in_rows(self, tokens: Tensor) -> Tensor:
-        """[B, L, ...] from [N, ...]; where no token is, a filling one."""
-        return _InRows.apply(tokens, self._layout).unflatten(0, self.shape)
+    def of_positions(self, values: Tensor) -> Tensor:
+        """[B, L, ...] from those of the tokens [N, ...]; where no token is, that of a filling one."""
+        return values[self._layout.tokens]
 
     def of_completions(self, values: Tensor) -> Tensor:
         """[B, T] from those of the M completion tokens, 0 where masked."""
         zeros = values.new_zeros(self._completions_shape.numel())
         return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
 
+    def in_rows(self, tokens: Tensor) -> Tensor:
+        """[R, L, ...] from [N, ...]: each token behind what comes before it."""
+        return _InRows.apply(tokens, self._layout).unflatten(0, (-1, self._shape[1]))
+
+    def in_one(self, rows: Tensor) -> Tensor:
+        """[N, ...] from [R, L, ...]."""
+        return _InOne.apply(rows.flatten(0, 1), self._layout)
+
 
 @dataclass
 class _Layout:
-    """Which of the N tokens are where in B x L rows.
+    """Which of the N tokens are where: in the batch's B x L positions, and in R x L of rows for attention.
 
-    Two completions xyz and uv of one prompt pq make the rows "p q x y" and "p q u .". With the first filling token:
+    Rows for attention are those of the batch with a token that no other row has for it. Of three rows "p q x y",
+    "p q x" and "p q u" they are the first and the last. With the first filling token:
 
-        tokens     p q x y u .
-        own        0 1 2 3 6 0
+        token      p q x y u .
+        tokens     0 1 2 3   0 1 2 5   0 1 4 5
+        positions  0 1 2 3 10 0
+        places     0 1 2 3 6 0
         rows       0 1 2 3   0 1 4 5
         owner      0 1 2 3   5 5 4 5
-        positions  0 4   1 5   2   3   6
+        copies     0 4   1 5   2   3   6
         starts     0 2 4 5 6 7
     """
 
-    rows: Tensor  # [B x L] of each position the token, the first filling one where there is none
-    own: Tensor  # [N] of each token the position, of a prompt's the first that it has; of filling ones any
-    owner: Tensor  # [B x L] of each position the token whose first it is, otherwise the first filling one
-    positions: Tensor  # of the first token all positions, then of the second and so on; of filling ones none
-    starts: Tensor  # [N] where in ``positions`` those of each token begin
+    tokens: Tensor  # [B, L] of each position the token, the first filling one where there is none
+    positions: Tensor  # [N] of each token one of its positions; of filling ones any
+    places: Tensor  # [N] the same position in the rows for attention
+    rows: Tensor  # [R x L] of each position in those rows the token, the first filling one where there is none
+    owner: Tensor  # [R x L] of each token's place the token, of others the first filling one
+    copies: Tensor  # of the first token all positions in those rows, then of the second and so on; of filling ones none
+    starts: Tensor  # [N] where in ``copies`` those of each token begin
 
     def to(self, device: torch.device) -> "_Layout":
         """On another device."""
@@ -97,7 +110,7 @@ class _Layout:
 
 
 def _packed(batch: Batch, columns: Tensor) -> _Layout:
-    """Tokens alone, prompts first, each once for the rows of its group.
+    """Tokens alone, each once for the rows that begin alike up to it.
 
     At least one more fills up their number. What is computed from it reaches no completion, so that its gradients are
     0: it stands wherever there is no token.
@@ -106,34 +119,35 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
         batch: in host memory.
         columns: [B, L] of each position.
     """
-    first = batch.first_of_group
-    reads = first == torch.arange(len(first))
-    prompt = columns < batch.prompt_lengths.unsqueeze(1)
-    completion = ~prompt & (columns < batch.lengths.unsqueeze(1))
-    own = torch.cat([mask.flatten().nonzero().squeeze(1) for mask in (prompt & reads.unsqueeze(1), completion)])
-    owner = torch.full((columns.numel(),), len(own))
-    owner[own] = torch.arange(len(own))
-    rows = torch.where(prompt, owner.view(columns.shape)[first], owner.view(columns.shape)).flatten()
-    positions = rows.argsort(stable=True)[: int((rows < len(own)).sum())]
-    counts = rows.bincount(minlength=len(own))[: len(own)]
-    filling = MULTIPLE - len(own) % MULTIPLE
+    first, real = batch.first, columns < batch.lengths.unsqueeze(1)
+    own = real & (first == torch.arange(len(first)).unsqueeze(1))
+    count, attending = int(own.sum()), own.any(1)
+    owner = torch.full(own.shape, count)
+    owner[own] = torch.arange(count)
+    tokens = torch.where(real, owner[first, columns], count)
+    rows, owner = tokens[attending].flatten(), owner[attending].flatten()
+    copies = rows.argsort(stable=True)[: int((rows < count).sum())]
+    counts = rows.bincount(minlength=count)[:count]
+    filling = MULTIPLE - count % MULTIPLE
     return _Layout(
+        tokens=tokens,
+        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, filling)),
+        places=functional.pad(own[attending].flatten().nonzero().squeeze(1), (0, filling)),
         rows=rows,
-        own=functional.pad(own, (0, filling)),
         owner=owner,
-        positions=positions,
-        starts=functional.pad(counts.cumsum(0) - counts, (0, filling), value=len(positions)),
+        copies=copies,
+        starts=functional.pad(counts.cumsum(0) - counts, (0, filling), value=len(copies)),
     )
 
 
 def _all(columns: Tensor) -> _Layout:
-    """All positions, as they are."""
+    """All positions, as they are; attention keeps its rows."""
     every = torch.arange(columns.numel())
-    return _Layout(every, every, every, every, every)
+    return _Layout(every.view(columns.shape), *[every] * 6)
 
 
 class _InOne(torch.autograd.Function):
-    """[N, ...] from [B x L, ...].
+    """[N, ...] from [R x L, ...].
 
     Here as there both directions gather, where torch would scatter the gradient: with deterministic kernels by sorting
     the indices.
@@ -142,7 +156,7 @@ class _InOne(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layout: _Layout) -> Tensor:
         ctx.layout = layout
-        return rows.index_select(0, layout.own)
+        return rows.index_select(0, layout.places)
 
     @staticmethod
     @once_differentiable
@@ -151,7 +165,7 @@ class _InOne(torch.autograd.Function):
 
 
 class _InRows(torch.autograd.Function):
-    """[B x L, ...] from [N, ...]."""
+    """[R x L, ...] from [N, ...]."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, layout: _Layout) -> Tensor:
@@ -162,7 +176,7 @@ class _InRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layout = ctx.layout
-        summed = functional.embedding_bag(layout.positions, gradient.flatten(1), layout.starts, mode="sum")
+        summed = functional.embedding_bag(layout.copies, gradient.flatten(1), layout.starts, mode="sum")
         return summed.view(-1, *gradient.shape[1:]), None
 
 

@@ -34,9 +34,27 @@ class Batch:
         return self.mask.sum(1).long()
 
     @property
-    def first_of_group(self) -> Tensor:
-        """[B] the first row of each one's group."""
-        return (self.group_ids.unsqueeze(1) == self.group_ids).int().argmax(1)
+    def first(self) -> Tensor:
+        """[B, L] for each token one row, the same for all rows that begin with it and with what comes before it.
+
+        What a network makes of the token is the same in all of these rows.
+        """
+        columns = torch.arange(self.input_ids.shape[1])
+        tokens = self.input_ids.where(columns < self.lengths.unsqueeze(1), -1)
+        # In the order of their bytes rows that begin alike are next to each other, and what another one begins with is
+        # behind it.
+        order = torch.tensor(sorted(range(len(tokens)), key=[row.tobytes() for row in tokens.numpy()].__getitem__))
+        differs = torch.ones_like(tokens, dtype=torch.bool)  # here or before, from the row above
+        differs[1:] = (tokens[order[1:]] != tokens[order[:-1]]).cummax(1).values
+        above = torch.where(differs, torch.arange(len(order)).unsqueeze(1), 0).cummax(0).values
+        return torch.empty_like(above).index_copy_(0, order, order[above])
+
+    def alike(self, routes: Tensor) -> Tensor:
+        """Routes [B, L, layers, k] with one choice for each token of the rows that begin alike up to it.
+
+        Passes that read it several times may differ where two experts score nearly the same; others read it once.
+        """
+        return routes[self.first, torch.arange(routes.shape[1])]
 
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, cut to the longest among them."""

@@ -10,12 +10,13 @@ class SlotLayer(DynamicLayer):
     """One layer's keys and values in buffers allocated once.
 
     transformers' own dynamic layer copies everything it holds for each new token; this writes the token into place. The
-    first rows are in use; :meth:`batch_select_indices` moves only the rows that change their place.
+    first rows are in use; :meth:`batch_select_indices` copies only those that another row's place is given to.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, rows: int, columns: int) -> None:
+        """Room for so many tokens of so many sequences."""
         super().__init__()
-        self.capacity = capacity
+        self.rows, self.columns = rows, columns
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -39,31 +40,19 @@ class SlotLayer(DynamicLayer):
         """Tokens held for each row."""
         return self.length
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times in a row."""
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = (self._repeat(buffer, repeats) for buffer in (self.keys, self.values))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, in that order, as the first ones."""
+        """Have the rows ``indices``, in that order, as the first ones; any of them as often as it is asked for."""
         assert self.keys is not None and self.values is not None
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for buffer in (self.keys, self.values):
             buffer[moved, :, : self.length] = buffer[indices[moved], :, : self.length]
 
-    def _repeat(self, buffer: Tensor, repeats: int) -> Tensor:
-        """A buffer of ``repeats`` times the rows; what is not written yet is not copied."""
-        result = buffer.new_empty(len(buffer) * repeats, *buffer.shape[1:])
-        written = buffer[:, None, :, : self.length]
-        result.unflatten(0, (len(buffer), repeats))[:, :, :, : self.length] = written
-        return result
-
     def _buffer(self, states: Tensor) -> Tensor:
-        rows, heads, _, dim = states.shape
+        _, heads, _, dim = states.shape
         kind = states.device.type
         # Attention would cast them at every token.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        return states.new_empty(rows, heads, self.capacity, dim, dtype=dtype)
+        return states.new_empty(self.rows, heads, self.columns, dim, dtype=dtype)
 
 
 class FixedLayer(DynamicLayer):
@@ -107,22 +96,17 @@ class FixedLayer(DynamicLayer):
 class StateLayer(LinearAttentionLayer):
     """One layer's states of fixed size (linear attention, convolution), whose rows transformers only reorders."""
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times in a row."""
-        states = next(state for state in self.conv_states.values() if state is not None)
-        self.batch_select_indices(torch.arange(len(states), device=states.device).repeat_interleave(repeats))
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order."""
         self.reorder_cache(indices)  # type: ignore[arg-type]
 
 
-def build_cache(config: PretrainedConfig, capacity: int) -> Cache:
-    """A cache for ``capacity`` tokens a row; other kinds of layers, as sliding windows, are transformers' own."""
+def build_cache(config: PretrainedConfig, rows: int, columns: int) -> Cache:
+    """A cache for so many tokens of so many sequences; other layers, as sliding windows, are transformers' own."""
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = SlotLayer(capacity)
+            cache.layers[index] = SlotLayer(rows, columns)
         elif type(layer) is LinearAttentionLayer:
             cache.layers[index] = StateLayer(layer.number_of_states)
     return cache

@@ -37,6 +37,17 @@ class Completions:
         return Completions(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+def each_sees_one(present: Tensor) -> Tensor:
+    """[P, 1, W, W] which tokens see which, causally, of prompts whose tokens ``present`` [P, W] marks.
+
+    Padding sees itself: kernels differ in what they make of a token that sees none. As a whole mask, since transformers
+    would wait for the device to say whether a mark for each token hides anything.
+    """
+    width = present.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool)
+
+
 def sample(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [n] by the inverse of the distribution function at ``noise`` [n], and their log-probabilities [n]."""
     logprobs = logits.log_softmax(-1)

@@ -1,8 +1,9 @@
 """The embedded engine: sampling with transformers in the training process.
 
-Each prompt is read once for its whole group, finished sequences leave the batch at once, and log-probabilities are
-taken from the logits that the tokens are drawn from. The random numbers of a completion depend on (seed, step, its
-place in the rollout batch) alone: never on the algorithm, on other completions or on how many are decoded at once.
+Each prompt is read once for its whole group, whose completions are one row for as long as they are the same; finished
+sequences leave the batch at once, and log-probabilities are taken from the logits that the tokens are drawn from. The
+random numbers of a completion depend on (seed, step, its place in the rollout batch) alone: never on the algorithm, on
+other completions or on how many are decoded at once.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import build_cache
-from harness.rollout.decoding import Completions, Prompts, sample
+from harness.rollout.decoding import Completions, Prompts, each_sees_one, sample
 from harness.rollout.graphs import GraphDecoder
+from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
 
 
@@ -49,10 +51,11 @@ class EmbeddedEngine:
         self.model, self.config, self.eos, self.pad, self.max_tokens = model, config, eos, pad, max_tokens
         self.routing = Routing(model) if record_routes else None
         self.device = model.device
-        self.weights = SamplingWeights(model)
+        weights = SamplingWeights(model)
+        self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else weights
         self.graphs: GraphDecoder | None = None
         if config.cuda_graphs and self.device.type == "cuda" and is_padding_free(model):
-            self.graphs = GraphDecoder(self.weights, config.temperature, eos, pad, self.routing, uncharged)
+            self.graphs = GraphDecoder(weights, config.temperature, eos, pad, self.routing, uncharged)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, generator: torch.Generator) -> Batch:
@@ -73,11 +76,11 @@ class EmbeddedEngine:
         decode = self._decode if self.graphs is None else self.graphs.decode
         routes: list[Tensor] = []
         with autocast(self.device), nullcontext() if self.routing is None else self.routing.watch():
-            self.weights.refresh()
+            self.policy.refresh()
             for first in range(0, len(prompts), at_once):
                 chunk = prompts[first : first + at_once]
                 rows = slice(first * group_size, (first + len(chunk)) * group_size)
-                recorded = decode(self._read(chunk), group_size, noise[rows], completions[rows])
+                recorded = decode(self._read(chunk, group_size), group_size, noise[rows], completions[rows])
                 if recorded is not None:
                     routes.append(recorded)
         group_ids = torch.arange(len(prompts)).repeat_interleave(group_size)
@@ -88,18 +91,20 @@ class EmbeddedEngine:
             batch.routes = stack_rows(routes)[:, : batch.input_ids.shape[1]].cpu()
         return batch
 
-    def _read(self, prompts: list[list[int]]) -> Prompts:
+    def _read(self, prompts: list[list[int]], group_size: int) -> Prompts:
         """Each prompt once for its whole group."""
         width = max(map(len, prompts))
         padded = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         present = torch.arange(width) >= (width - lengths).unsqueeze(1)
         positions = (present.cumsum(1) - 1).clamp(min=0)
-        # Graphs have room of their own for what follows.
-        cache = build_cache(self.model.config, width + (self.max_tokens if self.graphs is None else 0))
+        if self.graphs is None:
+            cache = build_cache(self.model.config, len(prompts) * group_size, width + self.max_tokens)
+        else:  # which have room of their own for what follows
+            cache = build_cache(self.model.config, len(prompts), width)
         mask: Tensor | None = present
         if is_padding_free(self.model):
-            mask = None if present.all() else _each_sees_one(present)
+            mask = None if present.all() else each_sees_one(present)
         attention = None if mask is None else self._send(mask)
         logits = self._forward(self._send(torch.tensor(padded)), attention, self._send(positions), cache)
         routes = None if self.routing is None else self._prompt_routes(self.routing.choices(), present)
@@ -109,36 +114,37 @@ class EmbeddedEngine:
         return send(tensor, self.device)
 
     def _decode(self, prompts: Prompts, group_size: int, noise: Tensor, completions: Completions) -> Tensor | None:
-        """Fill ``completions`` of n = P x group_size rows by ``noise`` [n, T], giving up the rows of sequences that
-        end; returns their routes [n, L, layers, k] if they are recorded."""
-        cache, width = prompts.cache, prompts.present.shape[1]
-        cache.batch_repeat_interleave(group_size)
-        logits = prompts.logits.repeat_interleave(group_size, 0)
+        """Fill ``completions`` of n = P x group_size sequences by ``noise`` [n, T]; returns their routes
+        [n, L, layers, k] if they are recorded.
+
+        Sequences that have ended are given up. Those of a prompt are decoded in one row until they differ.
+        """
+        cache, width, logits, positions = prompts.cache, prompts.present.shape[1], prompts.logits, prompts.lengths
         routes = None if prompts.routes is None else prompts.routes.repeat_interleave(group_size, 0)
         # Room for every later token: the mask of a step is a view of this one.
-        later = prompts.present.new_ones(len(prompts.present), self.max_tokens)
-        attention = torch.cat([prompts.present, later], 1).repeat_interleave(group_size, 0)
+        attention = torch.cat([prompts.present, prompts.present.new_ones(len(positions), self.max_tokens)], 1)
         if is_padding_free(self.model):  # as its layers want it, so that transformers need not make one at every token
             attention = decoding_mask(attention)
-        positions = prompts.lengths.repeat_interleave(group_size)
-        active = torch.arange(len(positions), device=self.device)
+        active = torch.arange(len(noise), device=self.device)
+        row = active // group_size
         for step in range(self.max_tokens):
-            tokens, logprobs = sample(logits / self.config.temperature, noise[active, step])
+            tokens, logprobs = sample(logits[row] / self.config.temperature, noise[active, step])
             completions.tokens[active, step] = tokens
             completions.logprobs[active, step] = logprobs
             completions.mask[active, step] = 1.0
             alive = tokens != self.eos
             if step + 1 == self.max_tokens or not alive.any():
                 break
-            if not alive.all():
-                order = _closing_gaps(alive)
-                cache.batch_select_indices(order)
-                active, tokens, attention, positions = active[order], tokens[order], attention[order], positions[order]
+            active = active[alive]
+            source, latest, row = _next_rows(row[alive], tokens[alive], logits.shape[1])
+            if len(source) != len(positions) or not torch.equal(source, torch.arange(len(source), device=self.device)):
+                cache.batch_select_indices(source)
+                attention, positions = attention[source], positions[source]
             logits = self._forward(
-                tokens.unsqueeze(1), attention[..., : width + step + 1], (positions + step).unsqueeze(1), cache
+                latest.unsqueeze(1), attention[..., : width + step + 1], (positions + step).unsqueeze(1), cache
             )
             if routes is not None and self.routing is not None:
-                routes[active, positions + step] = self.routing.choices()
+                routes[active, positions[row] + step] = self.routing.choices()[row]
         return routes
 
     def _prompt_routes(self, choices: Tensor, present: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ class EmbeddedEngine:
 
     def _forward(self, input_ids: Tensor, attention: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """Float32 logits [n, V] of each row's next token."""
-        return self.weights(
+        return self.policy(
             input_ids=input_ids,
             attention_mask=attention,
             position_ids=positions,
@@ -165,20 +171,24 @@ class EmbeddedEngine:
         )
 
 
-def _each_sees_one(present: Tensor) -> Tensor:
-    """[P, 1, W, W] which tokens see which, causally, of prompts whose tokens ``present`` [P, W] marks.
+def _next_rows(row: Tensor, tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The m rows in which n sequences go on: one for all that were in the same row and have drawn the same token.
 
-    Padding sees itself: kernels differ in what they make of a token that sees none. As a whole mask, since transformers
-    would wait for the device to say whether a mark for each token hides anything.
+    Args:
+        row: [n] of each sequence the row that it was in.
+        tokens: [n] what it has drawn.
+        vocabulary: how many tokens there are.
+
+    Returns:
+        [m] the row that each continues, in whose place as many are as can be, [m] the token that it goes on with, and
+        [n] the row of each sequence.
     """
-    width = present.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool)
-
-
-def _closing_gaps(alive: Tensor) -> Tensor:
-    """Indices of the rows that live, with the last ones moved into the places of those that ended."""
-    count = int(alive.sum())
-    order = torch.arange(count, device=alive.device)
-    order[~alive[:count]] = alive[count:].nonzero().squeeze(1) + count
-    return order
+    drawn, index = (row * vocabulary + tokens).unique(return_inverse=True)
+    source = drawn // vocabulary
+    stays = source < len(source)
+    stays[1:] &= source[1:] != source[:-1]
+    free = torch.ones_like(stays).index_fill_(0, source[stays], False)
+    place = source.clone()
+    place[~stays] = free.nonzero().squeeze(1)
+    order = place.argsort()
+    return source[order], drawn[order] % vocabulary, place[index]

@@ -34,8 +34,11 @@ def batch():
     return make_batch()
 
 
-def make_batch(rows=6, width=9, seed=0, equal=False, group_size=1):
-    """Random prompts and completions of different lengths, or all of one length; rows of a group apart."""
+def make_batch(rows=6, width=9, seed=0, equal=False, group_size=1, alike=0):
+    """Random prompts and completions of different lengths, or all of one length; rows of a group apart.
+
+    The first ``alike`` tokens of all prompts and of all completions are the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.full((rows,), width) if equal else torch.randint(1, width + 1, (rows,), generator=generator)
     prompts = [
@@ -44,6 +47,8 @@ def make_batch(rows=6, width=9, seed=0, equal=False, group_size=1):
     ]
     mask = (torch.arange(width) < lengths.unsqueeze(1)).float()
     completions = torch.randint(3, 20, (rows, width), generator=generator)
+    for tokens in (*prompts, *completions):
+        tokens[:alike] = torch.arange(3, 3 + alike)[: len(tokens)]
     groups = torch.arange(rows) % len(prompts)
     asked = [prompts[group].tolist() for group in groups]
     return join(asked, completions, mask, torch.zeros(rows, width), groups, 0)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,14 +22,16 @@ from tests.policy.test_families import opposite, seen
 
 # Recurrent layers carry what came before through the row; sinks and caps are not in torch's attention.
 _PADDED = {"qwen3_next", "qwen3_5_moe_text", "jamba", "gpt_oss", "lfm2_moe"}
-# Rows that are read for one prompt; the rows of each are apart from each other.
-_GROUPS = (1, 3)
+# Rows that are read for one prompt, which are apart from each other, and how many tokens are the same at the beginning
+# of all prompts and of all completions.
+_BATCHES = ((1, 0), (3, 0), (1, 3), (3, 5))
 _DENSE = ("llama", "qwen2", "gemma", "phi3", "gpt2")
 
 
-@pytest.fixture(params=_GROUPS, ids="groups_of_{}".format)
+@pytest.fixture(params=_BATCHES, ids="{0[0]} a prompt, {0[1]} alike".format)
 def batch(request):
-    return make_batch(group_size=request.param)
+    group_size, alike = request.param
+    return make_batch(group_size=group_size, alike=alike)
 
 
 def dense(family, **changes):
@@ -47,12 +51,12 @@ def dense(family, **changes):
 def passes(model, batch, replay=None):
     """Log-probabilities, all gradients of their squares' sum, and the routes [B, L, layers, k]."""
     packing = Packing(model.base_model, batch)
-    routing = Routing(model, None if replay is None else packing.in_one(replay))
+    routing = Routing(model, None if replay is None else packing.of_tokens(replay))
     model.zero_grad()
     with routing.watch():
         logprobs, _ = completion_logprobs(model, batch, 1.0)
         logprobs.square().sum().backward()
-    routes = packing.in_rows(routing.choices()) if expert_layers(model) else None
+    routes = packing.of_positions(routing.choices()) if expert_layers(model) else None
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return logprobs.detach(), gradients, routes
 
@@ -125,11 +129,49 @@ def test_no_padding_reaches_the_layers(model, batch):
     tokens = []
     model.base_model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[:-1]))
     completion_logprobs(model, batch, 1.0)
-    prompts = {int(group): int(length) for group, length in zip(batch.group_ids, batch.prompt_lengths, strict=True)}
-    after = int((batch.lengths - batch.prompt_lengths).sum())
-    real = sum(prompts.values()) + after
-    assert real < batch.input_ids.numel()
+    beginnings = [row[:end] for row, length in each_row(batch) for end in range(1, length + 1)]
+    real = len(set(beginnings))
+    assert real < len(beginnings) < batch.input_ids.numel()
     assert tokens == [(1, (real // MULTIPLE + 1) * MULTIPLE)]
+
+
+def each_row(batch):
+    return zip(map(tuple, batch.input_ids.tolist()), batch.lengths.tolist(), strict=True)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2), st.lists(st.integers(0, 2), min_size=1, max_size=5)), min_size=1))
+def test_rows_that_begin_alike_have_one_first_row_for_it(drawn):
+    prompts = [[7] * length for length, _ in drawn]
+    width = max(len(completion) for _, completion in drawn)
+    mask = torch.tensor([[1.0] * len(completion) + [0.0] * (width - len(completion)) for _, completion in drawn])
+    completions = torch.tensor([[*completion, *[0] * (width - len(completion))] for _, completion in drawn])
+    # Padded with what is a token elsewhere.
+    batch = join(prompts, completions, mask, torch.zeros_like(mask), torch.arange(len(drawn)), 0)
+    first, owners = batch.first, {}
+    for index, (row, length) in enumerate(each_row(batch)):
+        for column in range(length):
+            owner = int(first[index, column])
+            assert owners.setdefault(row[: column + 1], owner) == owner
+            assert tuple(batch.input_ids[owner, : column + 1].tolist()) == row[: column + 1]
+            assert column < batch.lengths[owner] and first[owner, column] == owner
+
+
+def test_rows_that_are_all_others_are_not_attended_to(monkeypatch):
+    model = fresh("tiny_dense")
+    drop_padding(model)
+    shapes = []
+    monkeypatch.setattr(
+        "harness.policy.attention.causal_attention",
+        lambda query, *rest: shapes.append(query.shape) or causal_attention(query, *rest),
+    )
+    completions, mask = torch.tensor([[8, 9, 10], [8, 9, 4], [8, 9, 10], [8, 6, 5]]), torch.ones(4, 3)
+    mask[1, 2] = 0
+    batch = join([[5, 6]] * 4, completions, mask, torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), 0)
+    logprobs, _ = completion_logprobs(model, batch, 1.0)
+    assert {shape[0] for shape in shapes} == {2}  # the first and the last
+    torch.testing.assert_close(logprobs[0], logprobs[2])
+    torch.testing.assert_close(logprobs[0, :1], logprobs[3, :1])
+    assert logprobs[1, 2] == 0 != logprobs[0, 2]
 
 
 def test_a_critic_made_from_it_does_without_padding_too(model, batch):
@@ -146,18 +188,23 @@ def test_a_critic_made_from_it_does_without_padding_too(model, batch):
 def test_packing_and_back_by_hand():
     model = fresh("tiny_dense")
     drop_padding(model)
-    # Two completions of the prompt 5 6, and between them one of the prompt 7.
-    completions = torch.tensor([[8, 9, 10], [11, 12, 0], [13, 14, 0]])
-    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 0]])
-    batch = join([[5, 6], [7], [5, 6]], completions, mask, torch.zeros(3, 3), torch.tensor([0, 1, 0]), 0)
+    # Two completions of the prompt 5 6 that begin with 8, and between them one of the prompt 7; the last is the first's
+    # beginning.
+    completions = torch.tensor([[8, 9, 10], [11, 12, 0], [8, 13, 14], [8, 9, 0]])
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
+    batch = join([[5, 6], [7], [5, 6], [5, 6]], completions, mask, torch.zeros(4, 3), torch.tensor([0, 1, 0, 0]), 0)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 9], [7, 11, 0, 0], [5, 6, 8, 13], [5, 6, 8, 0]]
     packing = Packing(model.base_model, batch)
-    filling = [5] * (MULTIPLE - 7)
-    assert packing.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 11, 13, *filling]]
-    assert packing.inputs["position_ids"].tolist() == [[0, 1, 0, 2, 3, 1, 2, *[0] * len(filling)]]
-    assert packing.completion.tolist() == [1, 3, 4, 2, 5, 1, 6]
+    ids, positions = (packing.inputs[name][0].tolist() for name in ("input_ids", "position_ids"))
+    assert ids == [5, 6, 8, 9, 7, 11, 13, *[5] * (MULTIPLE - 7)]
+    assert positions == [0, 1, 2, 3, 0, 1, 3, *[0] * (MULTIPLE - 7)]
+    assert packing.completion.tolist() == [1, 2, 3, 4, 5, 1, 2, 6, 1, 2]
     tokens = torch.arange(1.0, MULTIPLE + 1)
+    every = packing.of_positions(tokens)
+    assert every.tolist() == [[1, 2, 3, 4], [5, 6, 8, 8], [1, 2, 3, 7], [1, 2, 3, 8]]
+    assert torch.equal(packing.of_tokens(every)[:7], tokens[:7])
     rows = packing.in_rows(tokens)
-    assert rows.tolist() == [[1, 2, 4, 5], [3, 6, 8, 8], [1, 2, 7, 8]]
+    assert torch.equal(rows, every[:3])  # the last one is all the first's
     assert torch.equal(packing.in_one(rows)[:7], tokens[:7])
 
 
@@ -169,17 +216,17 @@ def test_gradients_of_packing_and_back_by_hand():
     mask = torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0]])
     batch = join([[6], [5], [5], [5]], completions, mask, torch.zeros(4, 2), groups, 0)
     packing = Packing(model.base_model, batch)
-    assert packing.inputs["input_ids"][0, :6].tolist() == [6, 5, 8, 10, 12, 6]
+    assert packing.inputs["input_ids"][0, :6].tolist() == [6, 8, 5, 10, 12, 6]
     tokens = torch.zeros(MULTIPLE, 3, requires_grad=True)
-    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]])
+    weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])  # of the last row all is the others'
     # What stands where no token is gets no gradient, though a gradient is handed in.
     (packing.in_rows(tokens) * weights.unsqueeze(-1)).sum().backward()
-    assert tokens.grad[:, 1].tolist() == [1, 2 + 3 + 4, 10, 20, 30] + [0] * (MULTIPLE - 5)
-    rows = torch.zeros(4, 2, requires_grad=True)
+    assert tokens.grad[:, 1].tolist() == [1, 10, 2 + 3, 20, 30] + [0] * (MULTIPLE - 5)
+    rows = torch.zeros(3, 2, requires_grad=True)
     handed = torch.zeros(MULTIPLE)
     handed[:5] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     (packing.in_one(rows) * handed).sum().backward()
-    assert rows.grad.tolist() == [[1, 3], [2, 4], [0, 5], [0, 0]]
+    assert rows.grad.tolist() == [[1, 2], [3, 4], [0, 5]]
 
 
 @pytest.mark.parametrize("length", [1, 5, 24, 25, 40])  # of one block, of two, and of three

@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.config import compose
+from harness.policy.loading import prepare_layers
 from harness.policy.logprobs import completion_logprobs
-from harness.rollout.decoding import sample
-from harness.rollout.embedded import EmbeddedEngine, _closing_gaps, _each_sees_one
+from harness.rollout.cache import SlotLayer
+from harness.rollout.decoding import each_sees_one, sample
+from harness.rollout.embedded import EmbeddedEngine, _next_rows
 from tests.policy.conftest import fresh
 
 EOS, PAD = 1, 0
@@ -16,11 +20,14 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [4, 4], [20, 3, 17, 9]]
 ROLLOUT = compose().rollout
 
 
-@pytest.fixture(params=["tiny_dense", "tiny_moe"])
+@pytest.fixture(params=["tiny_dense", "tiny_moe", "tiny_dense as it runs", "tiny_moe as it runs"])
 def model(request):
-    network = fresh(request.param)
+    name, *prepared = request.param.split(maxsplit=1)
+    network = fresh(name)
     with torch.no_grad():  # so that sequences end at different steps
         network.lm_head.weight[EOS] += 0.02
+    if prepared:
+        prepare_layers(network, "cpu")
     return network
 
 
@@ -82,7 +89,9 @@ def test_global_random_state_is_left_alone(model):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_finished_sequences_are_not_decoded_any_more(model, monkeypatch):
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many rows each forward pass of an engine has."""
     sizes = []
     forward = EmbeddedEngine._forward
 
@@ -91,9 +100,33 @@ def test_finished_sequences_are_not_decoded_any_more(model, monkeypatch):
         return forward(self, input_ids, *rest)
 
     monkeypatch.setattr(EmbeddedEngine, "_forward", counting)
+    return sizes
+
+
+def distinct(batch, step):
+    """How many beginnings of this many tokens living sequences of the same prompt have."""
+    living = [(i // 2, *row[:step]) for i, row in enumerate(rows(batch)) if len(row) > step]
+    return len(set(living))
+
+
+def test_a_step_decodes_what_lives_and_differs(model, decoded):
     batch = generate(model)
-    lengths = batch.completion_lengths
-    assert sizes[1:] == [int((lengths > step).sum()) for step in range(1, int(lengths.max()))]
+    steps = range(1, int(batch.completion_lengths.max()))
+    assert decoded[1:] == [distinct(batch, step) for step in steps]
+    assert decoded[-1] < len(batch.mask)
+
+
+def test_sequences_that_are_alike_are_decoded_once(model, decoded):
+    with torch.no_grad():  # nearly sure of each token, so that groups part late or never
+        model.lm_head.weight.mul_(3)
+    batch = generate(model, temperature=0.7)
+    steps = range(1, int(batch.completion_lengths.max()))
+    assert decoded[1:] == [distinct(batch, step) for step in steps]
+    assert decoded[1] < len(batch.mask)
+    alone = [row for i in range(len(PROMPTS)) for row in rows(generate(model, [PROMPTS[i]], temperature=0.7))]
+    assert rows(batch)[:2] == alone[:2]
+    logprobs, _ = completion_logprobs(model, batch, 0.7)
+    torch.testing.assert_close(batch.rollout_logprobs, logprobs.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_hold_prompt_and_completion_without_its_last_token(model):
@@ -117,7 +150,7 @@ def test_sampling_follows_the_distribution():
 
 def test_prompts_see_what_came_before_and_padding_sees_itself():
     present = torch.tensor([[True, True, True], [False, False, True], [False, True, True]])
-    seen = _each_sees_one(present)
+    seen = each_sees_one(present)
     assert seen.shape == (3, 1, 3, 3) and seen.any(-1).all()
     assert seen[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert seen[1, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
@@ -125,8 +158,36 @@ def test_prompts_see_what_came_before_and_padding_sees_itself():
 
 
 @pytest.mark.parametrize(
-    ("alive", "expected"),
-    [("1111", [0, 1, 2, 3]), ("0111", [3, 1, 2]), ("1010", [0, 2]), ("0001", [3]), ("1100", [0, 1])],
+    ("row", "tokens", "expected"),
+    [
+        ([0, 1, 2], [4, 4, 5], ([0, 1, 2], [4, 4, 5], [0, 1, 2])),  # as they were
+        ([0, 0, 0, 1], [4, 4, 4, 6], ([0, 1], [4, 6], [0, 0, 0, 1])),  # still the same
+        ([0, 0, 1], [5, 4, 6], ([0, 1, 0], [4, 6, 5], [2, 0, 1])),  # part; the second one behind the others
+        ([1, 2, 3], [4, 4, 5], ([3, 1, 2], [5, 4, 4], [1, 2, 0])),  # the first has ended; the last takes its place
+        ([3], [7], ([3], [7], [0])),
+        ([0, 2, 2], [9, 9, 8], ([0, 2, 2], [9, 9, 8], [0, 1, 2])),  # into the gap
+    ],
 )
-def test_gaps_are_closed_by_moving_the_last_rows(alive, expected):
-    assert _closing_gaps(torch.tensor([flag == "1" for flag in alive])).tolist() == expected
+def test_rows_of_the_next_step_by_hand(row, tokens, expected):
+    given = _next_rows(torch.tensor(row), torch.tensor(tokens), 10)
+    assert tuple(each.tolist() for each in given) == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=12))
+def test_each_sequence_goes_on_behind_its_own(drawn):
+    row, tokens = torch.tensor(drawn).unbind(1)
+    source, latest, place = _next_rows(row, tokens, 4)
+    assert torch.equal(source[place], row) and torch.equal(latest[place], tokens)
+    assert len(source) == len(set(drawn)) and set(place.tolist()) == set(range(len(source)))
+    stay = {int(each) for each in source if each < len(source)}
+    assert {int(each) for index, each in enumerate(source) if each == index} == stay
+
+
+def test_rows_of_a_cache_are_copied_and_given_up():
+    layer = SlotLayer(rows=4, columns=3)
+    states = torch.arange(4.0).view(2, 1, 2, 1)
+    layer.update(states, -states)
+    layer.batch_select_indices(torch.tensor([1, 0, 0]))
+    keys, values = layer.update(torch.full((3, 1, 1, 1), 9.0), torch.full((3, 1, 1, 1), 8.0))
+    assert keys.squeeze().tolist() == [[2, 3, 9], [0, 1, 9], [0, 1, 9]]
+    assert values.squeeze().tolist() == [[-2, -3, 8], [0, -1, 8], [0, -1, 8]]

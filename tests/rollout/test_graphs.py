@@ -22,6 +22,7 @@ from harness.policy.packing import drop_padding
 from harness.rollout import embedded, graphs
 from harness.rollout.embedded import EmbeddedEngine
 from harness.rollout.graphs import GraphDecoder
+from harness.rollout.weights import SamplingWeights
 from tests.policy.conftest import fresh
 from tests.policy.families import FAMILIES, build
 
@@ -111,7 +112,9 @@ def engines(model, record_routes=False, **changes):
     config = replace(compose().rollout, **changes)
     eager, recorded = (EmbeddedEngine(model, config, EOS, PAD, MOST, record_routes) for _ in range(2))
     recorder = Recorder()
-    forward, routing = recorded.weights, recorded.routing
+    for engine in (eager, recorded):  # as on a GPU
+        engine.policy = SamplingWeights(model)
+    forward, routing = recorded.policy, recorded.routing
     recorded.graphs = GraphDecoder(forward, config.temperature, EOS, PAD, routing, recorder=recorder.begin)
     recorder.decoder = recorded.graphs
     return eager, recorded, recorder
@@ -240,8 +243,8 @@ def test_in_bfloat16_the_sampler_and_the_trainer_agree(model, bfloat16):
             with torch.no_grad():
                 logprobs, _ = completion_logprobs(model, other, 1.0)
             assert ((other.rollout_logprobs - logprobs).abs() * other.mask).sum() / other.mask.sum() < 0.02
-    copies = recorded.weights.copies
-    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16} and eager.weights.copies.keys() == copies.keys()
+    copies = recorded.policy.copies
+    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16} and eager.policy.copies.keys() == copies.keys()
     large = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
     assert {"lm_head.weight", *fresh_experts(model)} <= set(copies) and "model.embed_tokens.weight" not in copies
     assert len(copies) >= len(large) - 1 - model.config.num_hidden_layers  # all but embeddings and routers

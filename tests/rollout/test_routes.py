@@ -122,7 +122,7 @@ def test_the_old_policys_pass_takes_the_routes_of_the_rollout(moe):
     assert torch.equal(targets.routes, batch.routes)
 
 
-def test_a_groups_prompt_has_the_same_routes_even_where_micro_batches_chose_differently(moe, monkeypatch):
+def test_what_rows_begin_with_has_the_same_routes_even_where_micro_batches_chose_differently(moe, monkeypatch):
     config = compose(["algorithm=grpo_routing_replay", "model=tiny_moe", "model.micro_batch_sequences=1"])
     config.budget.axis = "flops"
     batch = generate(moe, record_routes=False)
@@ -133,10 +133,11 @@ def test_a_groups_prompt_has_the_same_routes_even_where_micro_batches_chose_diff
     rewards = Rewards(torch.zeros_like(batch.mask), last_tokens(batch.mask), outcome=none, true=none, steps=none)
     routes = judge.judge(batch, rewards).routes
     for one, other in ((0, 1), (2, 3), (4, 5), (6, 7)):
-        prompt = batch.prompt_lengths[one]
-        assert torch.equal(routes[one, :prompt], routes[other, :prompt])
-        common = min(batch.lengths[one], batch.lengths[other])
-        assert common == prompt or not torch.equal(routes[one, :common], routes[other, :common])
+        same = (batch.input_ids[one] == batch.input_ids[other]).cummin(0).values & seen(batch)[[one, other]].all(0)
+        assert same.sum() >= batch.prompt_lengths[one]
+        assert torch.equal(routes[one, same], routes[other, same])
+        apart = ~same & seen(batch)[[one, other]].all(0)
+        assert not apart.any() or not torch.equal(routes[one, apart], routes[other, apart])
 
 
 def test_a_run_uses_the_experts_of_its_rollouts_alone(cold_starts, tmp_path):

@@ -1,0 +1,84 @@
+"""A decoded token's way through the layers gives what the model's own gives, or is not taken."""
+
+import pytest
+import torch
+
+from harness.config import compose
+from harness.policy.loading import prepare_layers
+from harness.rollout.embedded import EmbeddedEngine
+from harness.rollout.single_token import SingleTokenDecoder
+from harness.rollout.weights import SamplingWeights
+from tests.policy.conftest import fresh
+from tests.policy.families import FAMILIES, build
+from tests.policy.test_packing import dense
+
+EOS, PAD = 1, 0
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [4, 4], [20, 3, 17, 9]]
+# Projections with biases; heads that are normalised; embeddings that are scaled; or none of it.
+DENSE = {
+    "gemma": {},
+    "llama": {},
+    "llama with biases": {"attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+# Projections that are one, positions that are added.
+OTHERS = ("phi3", "gpt2")
+SUITED = {"mixtral", "qwen2_moe", "qwen3_moe"}
+
+
+def prepared(model):
+    prepare_layers(model, "cpu")
+    return model
+
+
+def assert_equal_to_the_models_own(model):
+    engine = EmbeddedEngine(model, compose().rollout, EOS, PAD, 12)
+    assert isinstance(engine.policy, SingleTokenDecoder)
+    given = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
+    engine.policy = SamplingWeights(model)
+    expected = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(given.completions, expected.completions)
+    assert len({tuple(row) for row in given.completions.tolist()}) > 6
+    torch.testing.assert_close(given.rollout_logprobs, expected.rollout_logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_dense_families(family):
+    model = prepared(dense(family.split()[0], **DENSE[family]))
+    with torch.no_grad():  # so that biases and gains are not those that change nothing
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.linspace(-0.3, 0.3, len(parameter)))
+    assert_equal_to_the_models_own(model)
+
+
+@pytest.mark.parametrize("family", sorted(SUITED))
+def test_families_of_experts(family):
+    assert_equal_to_the_models_own(prepared(build(family)))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - SUITED))
+def test_other_families_of_experts_are_left_to_transformers(family):
+    assert not SingleTokenDecoder.suits(prepared(build(family)))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_dense_families_are_left_to_transformers(family):
+    assert not SingleTokenDecoder.suits(prepared(dense(family)))
+
+
+def test_weights_that_have_changed_are_the_ones_that_sample():
+    model = prepared(fresh("tiny_dense"))
+    engine = EmbeddedEngine(model, compose().rollout, EOS, PAD, 12)
+    before = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+                projection.weight.mul_(-1.5)
+    after = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
+    engine.policy = SamplingWeights(model)
+    expected = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
+    assert not torch.equal(before.completions, after.completions)
+    assert torch.equal(after.completions, expected.completions)
