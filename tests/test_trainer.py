@@ -296,7 +296,7 @@ def test_activations_computed_again_change_no_result_and_are_charged(results, ce
         rows += lines(directory, METRICS)
         counts.append(sum(passes))
     kept, again = rows
-    layers, in_a_layer, networks = 3, 4, 2 if "algorithm=ppo" in cell else 1
+    layers, in_a_layer, networks = 3, 2, 2 if "algorithm=ppo" in cell else 1  # heads are normalised elsewhere
     assert counts[1] - counts[0] == UPDATES * layers * in_a_layer * networks
     measured = {key for key in kept if not key.startswith(("flops/", "budget/"))}
     assert {key: again[key] for key in measured} == {key: kept[key] for key in measured}

@@ -2,7 +2,7 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +21,7 @@ from harness.update import PolicyUpdater, Targets
 
 GOAL = 1.1
 _LENGTH, _GROUP_SIZE, _PROMPTS, _SEQUENCES = 48, 8, 8, 32  # what stays while something else grows
-_PROMPT = [*range(3, 11)]
+_PROMPT = 8  # tokens
 _TEXT = (
     "Seconds of an update on tiny_dense, from rewards through advantages to the last of its optimizer steps, on one "
     "core in float32. The slope is the exponent p of seconds = c * size^p over all sizes; the goal is 1.1 and whatever "
@@ -50,7 +50,7 @@ def points(sizes: Sizes) -> list[Point]:
     return [
         *(Point("tokens", n * _LENGTH, n, _GROUP_SIZE, _LENGTH) for n in sizes.sequences),
         *(Point("group size", n, n * _PROMPTS, n, _LENGTH) for n in sizes.group_sizes),
-        *(Point("sequence length", n, _SEQUENCES, _GROUP_SIZE, n - len(_PROMPT)) for n in sizes.lengths),
+        *(Point("sequence length", n, _SEQUENCES, _GROUP_SIZE, n - _PROMPT) for n in sizes.lengths),
     ]
 
 
@@ -58,7 +58,7 @@ class Updates:
     """One update at every point, of a model with fresh weights on random tokens."""
 
     def __init__(self, sizes: Sizes) -> None:
-        longest = max(*sizes.lengths, len(_PROMPT) + _LENGTH)
+        longest = max(*sizes.lengths, _PROMPT + _LENGTH)
         self.config = run_config("tiny_dense", sizes, f"model.architecture.max_position_embeddings={longest}")
         assert self.config.model.architecture is not None
         policy = build_model(self.config.model.architecture, build_tokenizer(), seed=0).eval()
@@ -78,18 +78,20 @@ class Updates:
         started = time.perf_counter()
         advantages = group_advantages(rewards, batch.group_ids, self.config.algorithm)
         targets = Targets(batch.rollout_logprobs, advantages.unsqueeze(1) * batch.mask)
-        # As if each had a prompt of its own: one that passes share is counted as FLOPs, but not computed.
-        batch = replace(batch, group_ids=torch.arange(len(batch.mask)))
         self.updater.update(batch, targets, torch.Generator().manual_seed(0), Metrics())
         return time.perf_counter() - started
 
 
 def random_batch(point: Point) -> Batch:
-    """Completions of random tokens, all of the point's length."""
-    shape = (point.sequences, point.length)
-    completions = torch.randint(3, 20, shape, generator=torch.Generator().manual_seed(0))
+    """Sequences of random tokens, all of the point's length.
+
+    Prompts of a group are different ones, too: what sequences begin with alike is counted as FLOPs, but not computed.
+    """
+    tokens = torch.randint(3, 20, (point.sequences, _PROMPT + point.length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(point.sequences, point.length)
     group_ids = torch.arange(point.sequences) // point.group_size
-    return join([_PROMPT] * point.sequences, completions, torch.ones(shape), torch.zeros(shape), group_ids, 0)
+    prompts = tokens[:, :_PROMPT].tolist()
+    return join(prompts, tokens[:, _PROMPT:], mask, torch.zeros_like(mask), group_ids, 0)
 
 
 def tables(options: Options) -> list[Table]:

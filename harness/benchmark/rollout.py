@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from harness.benchmark.measure import Spread, interleave
 from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.benchmark.table import Cell, Options, Table, tokens_row
-from harness.benchmark.training import LENGTHS, MODELS, plain_policy, run_config
+from harness.benchmark.training import LENGTHS, MODELS, distinct, plain_policy, run_config
 from harness.benchmark.worker import workers
 from harness.policy.loading import load_policy
 from harness.rollout.embedded import EmbeddedEngine
@@ -22,7 +22,8 @@ GOALS = {"fixed": 2.0, "natural": 3.0}
 _TEXT = (
     "Completion tokens a second of sampling {completions} completions on one core in float32, from the same weights "
     "and prompts, at temperature 1. Ours gives the log-probability of each token; `generate` is measured without them, "
-    "and with them taken from the logits that it returns."
+    "and with them taken from the logits that it returns. Completions of a prompt are decoded once by ours for as long "
+    "as they are the same: distinct tokens are the share that is left of the batch's."
 )
 
 
@@ -46,7 +47,8 @@ class OurRollout:
     def __call__(self) -> dict[str, float]:
         started = time.perf_counter()
         batch = self.engine.generate(self.prompts, self.group_size, self.generator)
-        return _rates(float(batch.mask.sum()), len(batch.mask), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return {**_rates(float(batch.mask.sum()), len(batch.mask), seconds), "distinct tokens": distinct([batch])}
 
 
 class Generate:
@@ -112,7 +114,8 @@ def compare(model: str, lengths: str, options: Options) -> list[dict[str, Cell]]
 
 def _row(model: str, lengths: str, name: str, ours: dict[str, Spread], theirs: dict[str, Spread]) -> dict[str, Cell]:
     where = {"model": model, "lengths": lengths, "generate": name}
-    return {**where, **tokens_row(ours, theirs, "generate", GOALS[lengths])}
+    row = tokens_row(ours, theirs, "generate", GOALS[lengths])
+    return {**where, **row, "distinct tokens": ours["distinct tokens"].median}
 
 
 def _rates(tokens: float, completions: int, seconds: float) -> dict[str, float]:

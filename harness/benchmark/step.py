@@ -18,7 +18,9 @@ _TEXT = (
     "and backward, nothing logged or saved; ours logs as a run does. Fixed lengths: the end-of-sequence token ends "
     "nothing on either side. With several optimizer steps for a rollout batch TRL always computes old "
     "log-probabilities by a forward pass of the trained model, which is `trainer` here; `rollout` takes the same "
-    "numbers from sampling."
+    "numbers from sampling. What several sequences begin with, their prompt and more, ours computes once where they "
+    "are decoded or updated together: distinct tokens are the share that is left of those of an optimizer step. The "
+    "surer a model is of its answers, the fewer they are."
 )
 
 
@@ -52,5 +54,6 @@ def _row(model: str, lengths: str, where: str, ours: dict[str, Spread], theirs: 
         "lengths": lengths,
         "old log-probabilities": where,
         **tokens_row(ours, theirs, "TRL", GOALS[lengths]),
+        "distinct tokens": ours["distinct tokens"].median,
         **{f"{phase} share": ours[f"{phase} share"].median for phase in ("rollout", "old_logprobs", "update")},
     }

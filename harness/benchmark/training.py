@@ -2,8 +2,10 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,9 +14,11 @@ from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.cell import prepare
 from harness.config import ModelConfig, RunConfig, compose
 from harness.policy.cold_start import cold_start_dir
+from harness.rollout.batch import Batch
 from harness.runs.loggers import open_loggers
 from harness.torch_setup import set_up_torch
 from harness.trainer import Trainer
+from harness.update import Targets
 
 MODELS = ("tiny_dense", "tiny_moe")
 LENGTHS = ("fixed", "natural")
@@ -63,6 +67,9 @@ class WholeSteps:
         directory = prepare(config)
         self.trainer = Trainer(config, directory)
         self.trainer.resume()
+        self.passes: list[Batch] = []
+        updater = self.trainer.policy_updater
+        updater.micro_batches = partial(self._watched, updater.micro_batches)  # type: ignore[method-assign]
         self.loggers = ExitStack()
         self.trainer.log = self.loggers.enter_context(open_loggers(config, directory, steps=0))
         if lengths == "fixed":
@@ -70,7 +77,8 @@ class WholeSteps:
         self.trainer.step()
 
     def __call__(self) -> dict[str, float]:
-        """Rates, and the share of each phase in the time of the steps."""
+        """Rates, the share of distinct tokens in the update's passes, and that of each phase in the steps' time."""
+        self.passes.clear()
         before = self.trainer.meter.summary()
         started = time.perf_counter()
         for _ in range(self.sizes.batches):
@@ -87,5 +95,21 @@ class WholeSteps:
             "tokens/s": tokens / seconds,
             "tokens a completion": tokens / (self.sizes.batches * self.sizes.completions),
             "update FLOP/s": phases["update"]["flops"] / phases["update"]["seconds"],
+            "distinct tokens": distinct(self.passes),
             **{f"{phase} share": cost["seconds"] / seconds for phase, cost in phases.items()},
         }
+
+    def _watched(self, micro_batches: Callable[..., Iterator[tuple[Batch, Targets]]], *batch: Any) -> Iterator[Any]:
+        for micro, judged in micro_batches(*batch):
+            self.passes.append(micro)
+            yield micro, judged
+
+
+def distinct(passes: Sequence[Batch]) -> float:
+    """The share of distinct tokens, of which one counts once for all sequences of a pass that begin alike up to it."""
+    own, every = 0, 0
+    for batch in passes:
+        real = torch.arange(batch.input_ids.shape[1]) < batch.lengths.unsqueeze(1)
+        own += int((real & (batch.first == torch.arange(len(real)).unsqueeze(1))).sum())
+        every += int(real.sum())
+    return own / every

@@ -12,8 +12,8 @@ _TEXT = (
     "Model FLOPs of the update phase (harness/policy/flops.py: padding costs none) over its seconds, on one core in "
     "float32, against the best float32 product of square matrices up to {matrix} on the same core, measured in turn in "
     "the same process: torch.mm's or oneDNN's, whichever is faster. The algorithm is reinforce_plus_plus, where each "
-    "completion has a prompt of its own: passes read a prompt that several share once, but the FLOPs of all are "
-    "counted."
+    "completion has a prompt of its own. What several sequences of a pass begin with is computed once, so that only "
+    "the share of distinct tokens is counted of their model FLOPs."
 )
 
 
@@ -25,7 +25,13 @@ class UpdateAndPeak:
 
     def __call__(self) -> dict[str, float]:
         torch_mm, onednn = matrix_peak(self.sizes.matrix), onednn_peak(self.sizes.matrix)
-        return {"update": self.steps()["update FLOP/s"], "torch.mm": torch_mm, "peak": max(torch_mm, onednn)}
+        measured = self.steps()
+        return {
+            "update": measured["update FLOP/s"] * measured["distinct tokens"],
+            "distinct tokens": measured["distinct tokens"],
+            "torch.mm": torch_mm,
+            "peak": max(torch_mm, onednn),
+        }
 
 
 def tables(options: Options) -> list[Table]:
@@ -44,6 +50,7 @@ def compare(model: str, lengths: str, options: Options) -> dict[str, Cell]:
     return {
         "model": model,
         "lengths": lengths,
+        "distinct tokens": measured["distinct tokens"].median,
         "update, GFLOP/s": measured["update"] * 1e-9,
         "peak, GFLOP/s": measured["peak"] * 1e-9,
         "share": share,

@@ -16,6 +16,7 @@ from harness.policy.experts import follow_autocast, use_closed_form
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.policy.products import favours_onednn, use_onednn
+from harness.policy.projections import join_projections
 
 
 def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -73,6 +74,7 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
     if device == "cuda":
         follow_autocast(model)
     else:
+        join_projections(model)
         use_closed_form(model)
 
 

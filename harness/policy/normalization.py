@@ -34,15 +34,10 @@ class RMSNorm(nn.Module):
             return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(states, self.weight, self.constant)
-        return normalized(states, self.weight, self.constant)
+        return (states * inverse_rms(states, self.constant)).mul_(self.weight)
 
 
-def normalized(states: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
-    """[..., D] from states [..., D], a gain that fits them, and what is added to the mean square. No gradients."""
-    return (states * _scale(states, epsilon)).mul_(weight)
-
-
-def _scale(states: Tensor, epsilon: Tensor) -> Tensor:
+def inverse_rms(states: Tensor, epsilon: Tensor) -> Tensor:
     """[..., 1], one over the root mean square of states [..., D]."""
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     return torch.addcmul(epsilon, norm, norm, value=1 / states.shape[-1]).rsqrt_()
@@ -51,7 +46,7 @@ def _scale(states: Tensor, epsilon: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
-        scale = _scale(states, epsilon)
+        scale = inverse_rms(states, epsilon)
         normalized = states * scale
         ctx.save_for_backward(normalized, weight, scale)
         return normalized * weight

@@ -191,25 +191,26 @@ def drop_padding(model: PreTrainedModel) -> None:
     whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     if text._attn_implementation != "sdpa" or not whole:
         return
-    batch = _probe(text.vocab_size)
-    network: Any = model.base_model
-    packing = Packing(network, batch)
-    padded = network(**packing.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[packing.completion]
+    padded = packed_states(model)
     model.set_attn_implementation(PADDING_FREE)
     try:
-        packing = Packing(network, batch)
-        packed = network(**packing.inputs, use_cache=False).last_hidden_state[0, packing.completion]
-        same = torch.allclose(packed, padded, rtol=1e-3, atol=1e-3)
+        same = torch.allclose(packed_states(model), padded, rtol=1e-3, atol=1e-3)
     except (TypeError, ValueError, RuntimeError):  # it does not pass settings on to its attention
         same = False
     if not same:
         model.set_attn_implementation("sdpa")
 
 
-def _probe(vocabulary: int) -> Batch:
-    """Sequences of different length, two of which share their prompt."""
+@torch.no_grad()
+def packed_states(model: PreTrainedModel) -> Tensor:
+    """The hidden states [M, H] that completion tokens of a small batch are predicted from, to try out a model's layers.
+
+    Its sequences differ in length, and two of them share their prompt.
+    """
     prompts, groups = [[0, 1, 2], [3, 4], [0, 1, 2]], torch.tensor([0, 1, 0])
     mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-    completions = torch.arange(5, 17).view(3, 4)
-    batch = join(prompts, completions, mask, torch.zeros_like(mask), groups, 0)
-    return replace(batch, input_ids=batch.input_ids.remainder(vocabulary))
+    batch = join(prompts, torch.arange(5, 17).view(3, 4), mask, torch.zeros_like(mask), groups, 0)
+    batch = replace(batch, input_ids=batch.input_ids.remainder(model.config.get_text_config().vocab_size))
+    network: Any = model.base_model
+    packing = Packing(network, batch)
+    return network(**packing.inputs, use_cache=False).last_hidden_state.flatten(0, 1)[packing.completion]

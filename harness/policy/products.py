@@ -84,13 +84,16 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             onednn_product(gradient, weight.t()) if of_states else None,
-            _sum_of_outer_products(rows, states.reshape(-1, states.shape[-1])) if of_weight else None,
+            sum_of_outer_products(rows, states.reshape(-1, states.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
 
-def _sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
-    """[M, N] from [K, M] and [K, N]; the left one is copied, and the smaller one is the faster to copy."""
+def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
+    """[M, N] from [K, M] and [K, N], by the library that is faster. No gradients."""
+    if not favours_onednn() or left.dtype != torch.float32:
+        return left.t() @ right
+    # The left one is copied, and the smaller one is the faster to copy.
     if left.shape[1] <= right.shape[1]:
         return onednn_product(left.t(), right.t())
     return onednn_product(right.t(), left.t()).t()

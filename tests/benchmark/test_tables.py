@@ -13,11 +13,12 @@ from harness.benchmark import growth, logprobs, overhead, report, rollout, step,
 from harness.benchmark.sizes import TINY
 from harness.benchmark.synthetic import write_sweep
 from harness.benchmark.table import Options
-from harness.benchmark.training import WholeSteps, run_config
+from harness.benchmark.training import WholeSteps, distinct, run_config
 from harness.errors import ConfigError
 from harness.policy.attention import is_padding_free
 from harness.policy.logprobs import token_logprobs
 from harness.policy.normalization import RMSNorm
+from harness.rollout.batch import join
 from harness.runs import load_evaluations, load_runs
 from harness.runs.reading import load_cells
 
@@ -93,6 +94,7 @@ def test_update_is_held_against_the_peak():
     assert (row["update, GFLOP/s"] / row["peak, GFLOP/s"]).values == pytest.approx(row["share"].values)
     assert all(peak >= 1 for peak in (row["peak, GFLOP/s"] / row["torch.mm, GFLOP/s"]).values)
     assert row["goal"] == "at least 0.5" and row["reached"] == "no"
+    assert 0.5 < row["distinct tokens"] < 1  # prompts are all different, but some begin alike
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
@@ -139,6 +141,7 @@ def test_log_probabilities_of_generated_logits():
 def test_rollout_table_has_a_row_with_and_one_without_log_probabilities():
     rows = rollout.compare("tiny_moe", "natural", OPTIONS)
     assert [row["generate"] for row in rows] == ["without log-probabilities", "with log-probabilities"]
+    assert all(0 < row["distinct tokens"] < 1 for row in rows)
     assert {"ours, tokens/s", "generate, tokens/s", "ratio", "goal", "reached"} < columns(rows)
 
 
@@ -160,6 +163,14 @@ def test_log_probability_table_has_memory_and_time():
     assert [row[""] for row in table.rows] == ["memory, MiB", "time, s"]
     assert "64 tokens over a vocabulary of 512 from 16 hidden units" in table.text
     assert [row["goal"] for row in table.rows] == ["at most 0.125", "at most 1.2"]
+
+
+def test_distinct_tokens_by_hand():
+    mask = torch.ones(3, 2)
+    batch = join([[5]] * 3, torch.tensor([[6, 7], [6, 7], [8, 9]]), mask, mask, torch.zeros(3, dtype=torch.long), 0)
+    assert batch.input_ids.tolist() == [[5, 6], [5, 6], [5, 8]]
+    assert distinct([batch]) == 3 / 6
+    assert distinct([batch, batch.select(torch.tensor([0, 2]))]) == (3 + 3) / (6 + 4)
 
 
 def test_growth_changes_one_thing_at_a_time():

@@ -1,0 +1,128 @@
+"""Joint projections give what transformers' three give, or are not taken."""
+
+import copy
+
+import pytest
+import torch
+
+from harness.policy.critic import Critic
+from harness.policy.loading import prepare_layers
+from harness.policy.normalization import fuse_normalization
+from harness.policy.packing import drop_padding
+from harness.policy.projections import JointAttention, _project, _Projections, half_turned, join_projections
+from tests.policy.conftest import fresh, make_batch
+from tests.policy.families import build
+from tests.policy.test_packing import assert_same, dense, passes
+
+# Projections with biases; heads that are normalised; embeddings that are scaled; or none of it.
+DENSE = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True},
+    "gemma": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def joint_layers(model):
+    return [module for module in model.modules() if isinstance(module, JointAttention)]
+
+
+def assert_nothing_changes(model):
+    batch = make_batch(group_size=3)
+    with torch.no_grad():  # so that biases and gains are not those that change nothing
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.linspace(-0.3, 0.3, len(parameter)))
+    fuse_normalization(model)
+    drop_padding(model)
+    before, parameters = passes(model, batch), dict(model.named_parameters())
+    join_projections(model)
+    assert len(joint_layers(model)) == len(model.base_model.layers)
+    assert_same(passes(model, batch), before)
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters) and all(after[name] is given for name, given in parameters.items())
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_dense_families(family):
+    assert_nothing_changes(dense(family.split()[0], **DENSE[family]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_families_of_experts(family):
+    assert_nothing_changes(build(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3", {}),  # one projection already
+        ("gpt2", {}),
+        ("glm", {"head_dim": 8, "partial_rotary_factor": 0.5}),  # only half of a head is rotated
+        ("cohere", {}),  # neighbours are rotated, not halves
+        ("olmo2", {}),  # normalised across heads
+        ("mistral", {"sliding_window": 4}),  # not without padding
+    ],
+)
+def test_other_layers_stay(family, changes):
+    model = dense(family, **changes)
+    batch = make_batch(group_size=3)
+    fuse_normalization(model)
+    drop_padding(model)
+    before, modules = passes(model, batch), list(model.modules())
+    join_projections(model)
+    assert not joint_layers(model) and list(model.modules()) == modules
+    after = passes(model, batch)
+    assert torch.equal(after[0], before[0])
+
+
+def test_heads_that_are_normalised_as_transformers_does_stay():
+    model = fresh("tiny_dense")
+    drop_padding(model)
+    join_projections(model)
+    assert not joint_layers(model)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_in_float64(normalizes, bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    hidden, weight = drawn(1, 3, 4), drawn(5 * 6, 4)  # two heads, two key heads and a value head of 6
+    angles = torch.rand(1, 3, 3, dtype=torch.float64, generator=generator).repeat(1, 1, 2)
+    rotation = half_turned(angles.cos(), angles.sin())
+    offset = drawn(5 * 6) if bias else None
+    gain, epsilon = (drawn(4, 6), torch.tensor(0.1, dtype=torch.float64)) if normalizes else (None, None)
+    arguments = (hidden, weight, offset, gain, epsilon, *rotation, 4)
+    assert torch.autograd.gradcheck(_Projections.apply, arguments)
+    with torch.no_grad():
+        assert torch.equal(_Projections.apply(*arguments), _project(*arguments)[0])
+
+
+def test_copies_have_layers_of_their_own():
+    model = fresh("tiny_dense")
+    prepare_layers(model, "cpu")
+    critic = Critic(copy.deepcopy(model))
+    assert joint_layers(critic) and joint_layers(critic)[0].q_proj.weight is not joint_layers(model)[0].q_proj.weight
+    batch = make_batch()
+    torch.nn.init.ones_(critic.head.weight)
+    before = critic(batch)
+    with torch.no_grad():
+        joint_layers(model)[0].q_proj.weight.zero_()
+    assert torch.equal(critic(batch), before)
+
+
+def test_gradients_are_the_same_where_activations_are_computed_again():
+    batch, found = make_batch(), []
+    for again in (False, True):
+        model = fresh("tiny_dense")
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        prepare_layers(model, "cpu")
+        model.train(again)
+        found.append(passes(model, batch))
+    assert_same(*found)
