@@ -19,7 +19,7 @@ from harness.config import OptimizerConfig, RunConfig
 from harness.errors import Diverged
 from harness.policy.critic import Critic
 from harness.policy.loading import decoder
-from harness.policy.logprobs import completion_logprobs, recomputes
+from harness.policy.logprobs import completion_logprobs, completion_states, recomputes
 from harness.policy.packing import Packing
 from harness.policy.routing import Routing, changes
 from harness.rollout.batch import Batch, send
@@ -243,8 +243,11 @@ class PolicyUpdater(Updater):
             if targets.routes is not None and not first:  # where it would only measure rounding
                 with self.uncharged():
                     old = packing.of_tokens(targets.routes)[packing.completion]
-                    _expert_changes(routing.native, packing, old, metrics, ("expert", "token"))
-                    _expert_changes(routing.used, packing, old, metrics, ("used_expert",))
+                    if routing.replay is None:
+                        _expert_changes(routing.native, packing, old, metrics, ["expert", "used_expert"], ["token"])
+                    else:
+                        _expert_changes(routing.native, packing, old, metrics, ["expert"], ["token"])
+                        _expert_changes(routing.used, packing, old, metrics, ["used_expert"], [])
             loss.backward()
         if first and algorithm.old_logprobs == "rollout":
             loss_metrics.update(mismatch_metrics(logprobs.detach(), rollout_logprobs, mask))
@@ -266,20 +269,22 @@ class PolicyUpdater(Updater):
             micro = batch.select(micro_rows)
             packing, self.routing.replay = Packing(decoder(self.policy), micro), None
             with self.routing.watch():
-                completion_logprobs(self.policy, micro, self.config.rollout.temperature, packing=packing)
+                completion_states(decoder(self.policy), packing)
             old = routes[micro_rows][micro.positions()].to(self.device)
-            _expert_changes(self.routing.native, packing, old, metrics, ("expert", "token"))
-            _expert_changes(self.routing.native, packing, old, metrics, ("update_expert", "update_token"))
+            experts = ["expert", "update_expert"]
             if self.config.algorithm.routing_replay == "disabled":  # the next update would use the same
-                _expert_changes(self.routing.native, packing, old, metrics, ("used_expert",))
+                experts.append("used_expert")
+            _expert_changes(self.routing.native, packing, old, metrics, experts, ["token", "update_token"])
 
 
 def _expert_changes(
-    layers: list[Tensor], packing: Packing, old: Tensor, metrics: Metrics, names: tuple[str, ...]
+    layers: list[Tensor], packing: Packing, old: Tensor, metrics: Metrics, experts: list[str], tokens: list[str]
 ) -> None:
     """Compare choices, a tensor for each layer, with the old [M, layers, k] ones of the tokens that completion tokens
-    are predicted from; the second name counts tokens."""
+    are predicted from, under the metrics' names for choices and for tokens with any that is new."""
     new = torch.stack(layers, 1)[packing.completion]
-    counts = zip(names, changes(new, old), (old.numel(), len(old)), strict=False)
-    for name, changed, count in counts:
-        metrics.mean(f"moe/{name}_change_fraction", changed, float(count))
+    choices, touched = changes(new, old)
+    for name in experts:
+        metrics.mean(f"moe/{name}_change_fraction", choices, float(old.numel()))
+    for name in tokens:
+        metrics.mean(f"moe/{name}_change_fraction", touched, float(len(old)))
