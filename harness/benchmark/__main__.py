@@ -23,6 +23,7 @@ TABLES = {
     "growth": "how an update's cost grows",
     "overhead": "what metering and logging cost",
     "report": "time and memory of a report on 200 runs",
+    "profile": "where the time of rollouts and updates goes",
     "sweep": "the wall clock of a finished sweep (--sweep)",
     "shapes": "models of real shapes on the device",
 }

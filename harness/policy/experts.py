@@ -87,26 +87,35 @@ def closed_form_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, weig
     """Experts with SwiGLU (arXiv 2002.05202) and without biases; arguments and result as above."""
     if torch.is_autocast_enabled(hidden.device.type):
         return autocast_grouped_mm(experts, hidden, chosen, weights)
-    return _Experts.apply(hidden, chosen, weights, experts.gate_up_proj, experts.down_proj)
+    arguments: Any = (hidden, chosen, weights, experts.gate_up_proj, experts.down_proj)
+    return _Experts.apply(*arguments) if torch.is_grad_enabled() else _combine(*arguments)[0]
+
+
+def _combine(
+    hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What the chosen experts give, and what the gradient needs; in the order of the experts there are S = tokens x k
+    rows. No gradients."""
+    order = chosen.flatten().argsort(stable=True)
+    tokens = order // chosen.shape[1]
+    ends = chosen.flatten().bincount(minlength=len(down)).cumsum(0).int()
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order))).view(chosen.shape)
+    inputs = hidden.index_select(0, tokens)
+    projected = functional.grouped_mm(inputs, gate_up.mT, offs=ends)
+    gate, up = projected.chunk(2, -1)
+    gated = functional.silu(gate)
+    inner = gated * up
+    outputs = functional.grouped_mm(inner, down.mT, offs=ends)
+    combined = functional.embedding_bag(places, outputs, mode="sum", per_sample_weights=weights)
+    return combined, (order, tokens, ends, places, inputs, projected, gated, inner)
 
 
 class _Experts(torch.autograd.Function):
-    """In the order of the experts there are S = tokens x k rows."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        order = chosen.flatten().argsort(stable=True)
-        tokens = order // chosen.shape[1]
-        ends = chosen.flatten().bincount(minlength=len(down)).cumsum(0).int()
-        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order))).view(chosen.shape)
-        inputs = hidden.index_select(0, tokens)
-        projected = functional.grouped_mm(inputs, gate_up.mT, offs=ends)
-        gate, up = projected.chunk(2, -1)
-        gated = functional.silu(gate)
-        inner = gated * up
-        outputs = functional.grouped_mm(inner, down.mT, offs=ends)
-        ctx.save_for_backward(weights, gate_up, down, order, tokens, ends, places, inputs, projected, gated, inner)
-        return functional.embedding_bag(places, outputs, mode="sum", per_sample_weights=weights)
+        combined, kept = _combine(hidden, chosen, weights, gate_up, down)
+        ctx.save_for_backward(weights, gate_up, down, *kept)
+        return combined
 
     @staticmethod
     @once_differentiable

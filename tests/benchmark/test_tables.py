@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from harness.benchmark import growth, logprobs, overhead, report, rollout, step, sweep, update
+from harness.benchmark import growth, logprobs, overhead, profile, report, rollout, step, sweep, update
 from harness.benchmark.sizes import TINY
 from harness.benchmark.synthetic import write_sweep
 from harness.benchmark.table import Options
@@ -163,6 +163,22 @@ def test_log_probability_table_has_memory_and_time():
     assert [row[""] for row in table.rows] == ["memory, MiB", "time, s"]
     assert "64 tokens over a vocabulary of 512 from 16 hidden units" in table.text
     assert [row["goal"] for row in table.rows] == ["at most 0.125", "at most 1.2"]
+
+
+def test_profile_says_where_all_of_a_phases_time_goes():
+    (table,) = profile.tables(dataclasses.replace(OPTIONS, repetitions=1))
+    assert [row["part"] for row in table.rows] == [*profile.PARTS, profile.REST]
+    for column in columns(table.rows) - {"part"}:
+        shares = [row[column].median for row in table.rows]
+        assert all(share > 0 for share in shares) and sum(shares) == pytest.approx(1)
+
+
+def test_each_operation_of_a_profile_is_of_one_kind_and_one_of_torchs():
+    names = [name for part in profile.PARTS.values() for name in part.split()]
+    assert len(names) == len(set(names))
+    for name in names:
+        space, _, operation = name.rpartition("::")
+        assert hasattr(getattr(torch.ops, space or "aten"), operation), name
 
 
 def test_distinct_tokens_by_hand():
