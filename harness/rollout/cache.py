@@ -1,8 +1,10 @@
 """Key-value caches that write in place and give up the rows of finished sequences."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 
@@ -10,7 +12,7 @@ class SlotLayer(DynamicLayer):
     """One layer's keys and values in buffers allocated once.
 
     transformers' own dynamic layer copies everything it holds for each new token; this writes the token into place. The
-    first rows are in use; :meth:`batch_select_indices` copies only those that another row's place is given to.
+    first rows are in use; :meth:`copy_rows` touches only those that another row's place is given to.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -40,12 +42,12 @@ class SlotLayer(DynamicLayer):
         """Tokens held for each row."""
         return self.length
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Have the rows ``indices``, in that order, as the first ones; any of them as often as it is asked for."""
+    def copy_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """Give the places ``targets`` to what the rows ``sources`` hold, all at once."""
         assert self.keys is not None and self.values is not None
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for buffer in (self.keys, self.values):
-            buffer[moved, :, : self.length] = buffer[indices[moved], :, : self.length]
+            held = buffer[:, :, : self.length]
+            held.index_copy_(0, targets, held.index_select(0, sources))
 
     def _buffer(self, states: Tensor) -> Tensor:
         _, heads, _, dim = states.shape
@@ -101,12 +103,24 @@ class StateLayer(LinearAttentionLayer):
         self.reorder_cache(indices)  # type: ignore[arg-type]
 
 
-def build_cache(config: PretrainedConfig, rows: int, columns: int) -> Cache:
-    """A cache for so many tokens of so many sequences; other layers, as sliding windows, are transformers' own."""
-    cache = DynamicCache(config=config)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = SlotLayer(rows, columns)
-        elif type(layer) is LinearAttentionLayer:
-            cache.layers[index] = StateLayer(layer.number_of_states)
-    return cache
+class SlotCache(DynamicCache):
+    """A cache for so many tokens of so many sequences; layers other than of full attention are transformers' own."""
+
+    def __init__(self, config: PretrainedConfig, rows: int, columns: int) -> None:
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = SlotLayer(rows, columns)
+            elif type(layer) is LinearAttentionLayer:
+                self.layers[index] = StateLayer(layer.number_of_states)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Have the rows ``indices``, in that order, as the first ones; any of them as often as it is asked for."""
+        targets = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
+        sources = indices[targets]
+        layer: Any
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.copy_rows(sources, targets)
+            else:
+                layer.batch_select_indices(indices)

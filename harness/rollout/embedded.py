@@ -18,7 +18,7 @@ from harness.policy.attention import decoding_mask, is_padding_free
 from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
-from harness.rollout.cache import build_cache
+from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import Completions, Prompts, each_sees_one, sample
 from harness.rollout.graphs import GraphDecoder
 from harness.rollout.single_token import SingleTokenDecoder
@@ -99,9 +99,9 @@ class EmbeddedEngine:
         present = torch.arange(width) >= (width - lengths).unsqueeze(1)
         positions = (present.cumsum(1) - 1).clamp(min=0)
         if self.graphs is None:
-            cache = build_cache(self.model.config, len(prompts) * group_size, width + self.max_tokens)
+            cache = SlotCache(self.model.config, len(prompts) * group_size, width + self.max_tokens)
         else:  # which have room of their own for what follows
-            cache = build_cache(self.model.config, len(prompts), width)
+            cache = SlotCache(self.model.config, len(prompts), width)
         mask: Tensor | None = present
         if is_padding_free(self.model):
             mask = None if present.all() else each_sees_one(present)
@@ -127,16 +127,16 @@ class EmbeddedEngine:
             attention = decoding_mask(attention)
         active = torch.arange(len(noise), device=self.device)
         row = active // group_size
+        drawn: list[tuple[Tensor, ...]] = []
         for step in range(self.max_tokens):
             tokens, logprobs = sample(logits[row] / self.config.temperature, noise[active, step])
-            completions.tokens[active, step] = tokens
-            completions.logprobs[active, step] = logprobs
-            completions.mask[active, step] = 1.0
-            alive = tokens != self.eos
-            if step + 1 == self.max_tokens or not alive.any():
+            drawn.append((active, torch.full_like(active, step), tokens, logprobs))
+            alive = (tokens != self.eos).nonzero().squeeze(1)
+            if step + 1 == self.max_tokens or not len(alive):
                 break
-            active = active[alive]
-            source, latest, row = _next_rows(row[alive], tokens[alive], logits.shape[1])
+            if len(alive) < len(active):
+                active, row, tokens = active[alive], row[alive], tokens[alive]
+            source, latest, row = _next_rows(row, tokens, logits.shape[1])
             if len(source) != len(positions) or not torch.equal(source, torch.arange(len(source), device=self.device)):
                 cache.batch_select_indices(source)
                 attention, positions = attention[source], positions[source]
@@ -145,6 +145,10 @@ class EmbeddedEngine:
             )
             if routes is not None and self.routing is not None:
                 routes[active, positions[row] + step] = self.routing.choices()[row]
+        rows, steps, tokens, logprobs = map(torch.cat, zip(*drawn, strict=True))
+        completions.tokens[rows, steps] = tokens
+        completions.logprobs[rows, steps] = logprobs
+        completions.mask[rows, steps] = 1.0
         return routes
 
     def _prompt_routes(self, choices: Tensor, present: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 from harness.policy.attention import decoding_mask
 from harness.policy.loading import decoder
 from harness.policy.projections import Joint, JointAttention, half_turned
-from harness.rollout.cache import build_cache
+from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one
 from harness.rollout.weights import SamplingWeights
 
@@ -68,7 +68,7 @@ def _probe(policy: SamplingWeights) -> Tensor:
     present = torch.ones(2, 5, dtype=torch.bool)
     present[1, 0] = False
     positions = (present.cumsum(1) - 1).clamp(min=0)
-    cache, logits = build_cache(config, rows=2, columns=5), torch.empty(0)
+    cache, logits = SlotCache(config, rows=2, columns=5), torch.empty(0)
     for start, end in ((0, 3), (3, 4), (4, 5)):
         mask = decoding_mask(present[:, :end]) if start else each_sees_one(present[:, :end])
         logits = policy(

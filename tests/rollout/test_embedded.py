@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harness.config import compose
 from harness.policy.loading import prepare_layers
 from harness.policy.logprobs import completion_logprobs
-from harness.rollout.cache import SlotLayer
+from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one, sample
 from harness.rollout.embedded import EmbeddedEngine, _next_rows
 from tests.policy.conftest import fresh
@@ -184,10 +184,11 @@ def test_each_sequence_goes_on_behind_its_own(drawn):
 
 
 def test_rows_of_a_cache_are_copied_and_given_up():
-    layer = SlotLayer(rows=4, columns=3)
+    cache = SlotCache(fresh("tiny_dense").config, rows=4, columns=3)
     states = torch.arange(4.0).view(2, 1, 2, 1)
-    layer.update(states, -states)
-    layer.batch_select_indices(torch.tensor([1, 0, 0]))
-    keys, values = layer.update(torch.full((3, 1, 1, 1), 9.0), torch.full((3, 1, 1, 1), 8.0))
+    cache.update(states, -states, 0)
+    cache.layers = cache.layers[:1]  # the others hold nothing
+    cache.batch_select_indices(torch.tensor([1, 0, 0]))
+    keys, values = cache.update(torch.full((3, 1, 1, 1), 9.0), torch.full((3, 1, 1, 1), 8.0), 0)
     assert keys.squeeze().tolist() == [[2, 3, 9], [0, 1, 9], [0, 1, 9]]
     assert values.squeeze().tolist() == [[-2, -3, 8], [0, -1, 8], [0, -1, 8]]
