@@ -154,20 +154,10 @@ def _project(
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gain: Tensor | None,
-        epsilon: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        rotated: int,
-    ) -> Tensor:
-        states, direction, scale = _project(hidden, weight, bias, gain, epsilon, cos, sin, rotated)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        states, direction, scale = _project(*arguments)
+        hidden, weight, bias, gain, _, cos, sin, ctx.rotated = arguments
         ctx.save_for_backward(hidden, weight, bias, gain, direction, scale, cos, sin)
-        ctx.rotated = rotated
         return states
 
     @staticmethod
