@@ -109,7 +109,7 @@ def distinct(passes: Sequence[Batch]) -> float:
     """The share of distinct tokens, of which one counts once for all sequences of a pass that begin alike up to it."""
     own, every = 0, 0
     for batch in passes:
-        real = torch.arange(batch.input_ids.shape[1]) < batch.lengths.unsqueeze(1)
-        own += int((real & (batch.first == torch.arange(len(real)).unsqueeze(1))).sum())
-        every += int(real.sum())
+        first = batch.first
+        own += int((first == torch.arange(len(first)).unsqueeze(1)).sum())
+        every += int((first >= 0).sum())
     return own / every

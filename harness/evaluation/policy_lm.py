@@ -1,6 +1,5 @@
 """lm-eval's view of the policy in memory."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,12 +28,6 @@ class PolicyLM(HFLM):
             batch_size=batch_size,
             mixed_precision_dtype=precision,
         )
-        self._engine = cache(self._build_engine)  # one for all batches
-
-    def _build_engine(self, max_tokens: int, temperature: float) -> EmbeddedEngine:
-        config = RolloutConfig("embedded", self.batch_size, temperature, self.batch_size, cuda_graphs=False)
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        return EmbeddedEngine(self.model, config, eos, pad, max_tokens)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **settings: Any
@@ -57,9 +50,12 @@ class PolicyLM(HFLM):
     def _sample(self, context: Tensor, present: Tensor, max_tokens: int, temperature: float) -> Tensor:
         """``context`` [B, W], which is padded on the left, with up to ``max_tokens`` tokens behind it."""
         prompts = [row[mask.bool()].tolist() for row, mask in zip(context.cpu(), present.cpu(), strict=True)]
+        config = RolloutConfig("embedded", len(prompts), temperature, len(prompts), cuda_graphs=False)
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        engine = EmbeddedEngine(self.model, config, eos, pad, max_tokens)
         # lm-eval's batches follow each other in torch's global generator, which the evaluation has seeded.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        completions = self._engine(max_tokens, temperature).generate(prompts, 1, generator).completions
+        completions = engine.generate(prompts, 1, generator).completions
         return torch.cat([context, completions.to(context.device)], 1)
 
 

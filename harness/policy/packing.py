@@ -119,12 +119,12 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
         batch: in host memory.
         columns: [B, L] of each position.
     """
-    first, real = batch.first, columns < batch.lengths.unsqueeze(1)
-    own = real & (first == torch.arange(len(first)).unsqueeze(1))
+    first = batch.first
+    own = first == torch.arange(len(first)).unsqueeze(1)
     count, attending = int(own.sum()), own.any(1)
     owner = torch.full(own.shape, count)
     owner[own] = torch.arange(count)
-    tokens = torch.where(real, owner[first, columns], count)
+    tokens = torch.where(first < 0, count, owner[first, columns])
     rows, owner = tokens[attending].flatten(), owner[attending].flatten()
     copies = rows.argsort(stable=True)[: int((rows < count).sum())]
     counts = rows.bincount(minlength=count)[:count]

@@ -35,7 +35,8 @@ class Batch:
 
     @property
     def first(self) -> Tensor:
-        """[B, L] for each token one row, the same for all rows that begin with it and with what comes before it.
+        """[B, L] for each token one row, the same for all rows that begin with it and with what comes before it; -1
+        where no token is.
 
         What a network makes of the token is the same in all of these rows.
         """
@@ -47,14 +48,15 @@ class Batch:
         differs = torch.ones_like(tokens, dtype=torch.bool)  # here or before, from the row above
         differs[1:] = (tokens[order[1:]] != tokens[order[:-1]]).cummax(1).values
         above = torch.where(differs, torch.arange(len(order)).unsqueeze(1), 0).cummax(0).values
-        return torch.empty_like(above).index_copy_(0, order, order[above])
+        return torch.empty_like(above).index_copy_(0, order, order[above]).where(tokens >= 0, -1)
 
     def alike(self, routes: Tensor) -> Tensor:
         """Routes [B, L, layers, k] with one choice for each token of the rows that begin alike up to it.
 
         Passes that read it several times may differ where two experts score nearly the same; others read it once.
         """
-        return routes[self.first, torch.arange(routes.shape[1])]
+        first, own = self.first, torch.arange(len(routes)).unsqueeze(1)
+        return routes[torch.where(first < 0, own, first), torch.arange(routes.shape[1])]
 
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, cut to the longest among them."""

@@ -21,10 +21,6 @@ from harness.rollout.weights import SamplingWeights
 class SingleTokenDecoder(SamplingWeights):
     """The policy as rollouts see it, where :meth:`suits` says that this gives the same."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.refresh()
-
     def refresh(self) -> None:
         """Take over the policy's weights as they are now."""
         super().refresh()
@@ -63,6 +59,7 @@ class SingleTokenDecoder(SamplingWeights):
 
 def _probe(policy: SamplingWeights) -> Tensor:
     """Logits [2, V] after two prompts of different length and two more tokens."""
+    policy.refresh()
     config = policy.model.config
     tokens = torch.arange(10).remainder(config.get_text_config().vocab_size).view(2, 5)
     present = torch.ones(2, 5, dtype=torch.bool)

@@ -154,6 +154,7 @@ def test_rows_that_begin_alike_have_one_first_row_for_it(drawn):
             assert owners.setdefault(row[: column + 1], owner) == owner
             assert tuple(batch.input_ids[owner, : column + 1].tolist()) == row[: column + 1]
             assert column < batch.lengths[owner] and first[owner, column] == owner
+        assert (first[index, length:] == -1).all()
 
 
 def test_rows_that_are_all_others_are_not_attended_to(monkeypatch):

@@ -83,6 +83,12 @@ def test_the_random_numbers_of_a_place_are_the_same_for_every_group_size(model):
     assert single.group_ids.tolist() == [0, 1, 2, 3]
 
 
+def test_prompts_of_one_token(model):
+    batch = generate(model, prompts=[[5], [6]], group_size=3)
+    logprobs, _ = completion_logprobs(model, batch, 1.0)
+    torch.testing.assert_close(batch.rollout_logprobs, logprobs.detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_global_random_state_is_left_alone(model):
     before = torch.random.get_rng_state()
     generate(model)
