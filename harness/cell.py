@@ -97,6 +97,8 @@ def run_cell(directory: RunDirectory) -> str:
             status, reason, trace = "failed", _reason(error), traceback.format_exc()
         with suppress(OSError):  # a full disk: the last run.json stays, and this process will be seen to be gone
             directory.update_status(status=status, reason=reason, traceback=trace, finished=_now())
+        if status == "done":
+            directory.state_path.unlink(missing_ok=True)  # nothing continues from it, and it is several models large
     return status
 
 
@@ -113,11 +115,23 @@ def _train(directory: RunDirectory) -> None:
         raise ConfigError(
             f"{changed} has changed since this run was planned: put it back, or choose another sweep=NAME"
         )
+    made_with = provenance(config.device)
+    begun = recorded.get("packages", made_with["packages"])
+    if directory.state_path.exists() and begun != made_with["packages"]:
+        raise ConfigError(
+            f"this run began with other packages ({_differences(begun, made_with['packages'])}): install those again "
+            "to continue it, or choose another sweep=NAME"
+        )
     set_up_torch(config.threads)
-    directory.update_status(provenance={**recorded, **provenance(config.device)})
+    directory.update_status(provenance={**recorded, **made_with})
     from harness.trainer import train
 
     train(config, directory)
+
+
+def _differences(old: dict[str, str], new: dict[str, str]) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name, 'none')}, now {new.get(name, 'none')}" for name in names)
 
 
 def _reason(error: BaseException) -> str:

@@ -52,7 +52,8 @@ class Judge:
             rewards: what its completions earned.
         """
         if batch.routes is not None:
-            batch = replace(batch, routes=batch.alike(batch.routes))
+            with self.meter.phase("old_logprobs"):
+                batch = replace(batch, routes=batch.alike(batch.routes))
         old_logprobs, routes = batch.rollout_logprobs, batch.routes
         if self.config.algorithm.old_logprobs == "trainer":
             old_logprobs, routes = self._old_logprobs(batch)

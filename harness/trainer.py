@@ -137,22 +137,21 @@ class Trainer:
 
     def _sample(self) -> tuple[Batch, Rewards]:
         """All that is sampled and graded for this step; with dynamic sampling until enough groups are informative."""
-        dynamic, sampled = self.algorithm.dynamic_sampling, [self._sample_batch(0)]
-        batch, rewards = sampled[0]
-        while (
-            dynamic
-            and len(sampled) < dynamic.max_batches
-            and rewards.informative(batch.group_ids).sum() < self.config.rollout.completions_per_batch
-        ):
-            sampled.append(self._sample_batch(len(sampled)))
-            batch = Batch.concatenate([part for part, _ in sampled])
-            rewards = Rewards.concatenate([part for _, part in sampled])
-        return batch, rewards
+        dynamic, parts = self.algorithm.dynamic_sampling, [self._sample_batch(0)]
+        if dynamic is None:
+            return parts[0]
+        while True:
+            with self.meter.phase("reward"):
+                batch = Batch.concatenate([part for part, _ in parts])
+                rewards = Rewards.concatenate([part for _, part in parts])
+                informative = int(rewards.informative(batch.group_ids).sum())
+            if informative >= self.config.rollout.completions_per_batch or len(parts) == dynamic.max_batches:
+                return batch, rewards
+            parts.append(self._sample_batch(len(parts)))
 
     def _sample_batch(self, attempt: int) -> tuple[Batch, Rewards]:
-        problems = self.prompts.take(self.config.prompts_per_batch)
         again = f" {attempt}" if attempt else ""
-        batch = self._rollout(problems, f"rollout{again}")
+        problems, batch = self._rollout(f"rollout{again}")
         rewards = self._reward(problems, batch, f"reward{again}")
         self.meter.count(tokens=float(batch.mask.sum()), queries=len(problems))
         return batch, rewards
@@ -161,18 +160,21 @@ class Trainer:
         """What is learned from: all that was sampled, or with dynamic sampling the informative groups first."""
         if self.algorithm.dynamic_sampling is None:
             return batch, rewards
-        first = (~rewards.informative(batch.group_ids)).int().argsort(stable=True)
-        rows = first[: self.config.rollout.completions_per_batch]
-        return batch.select(rows), rewards.select(rows)
+        with self.meter.phase("reward"):
+            first = (~rewards.informative(batch.group_ids)).int().argsort(stable=True)
+            rows = first[: self.config.rollout.completions_per_batch]
+            return batch.select(rows), rewards.select(rows)
 
-    def _rollout(self, problems: list[Problem], purpose: str) -> Batch:
-        prompts = self._prompt_tokens(problems)
+    def _rollout(self, purpose: str) -> tuple[list[Problem], Batch]:
+        """The next prompts and their completions; that an algorithm takes more prompts than others is charged."""
         group_size = self.algorithm.completions_per_prompt
         with self.meter.phase("rollout"):
+            problems = self.prompts.take(self.config.prompts_per_batch)
+            prompts = self._prompt_tokens(problems)
             batch = self.engine.generate(prompts, group_size, self._generator(purpose))
         flops = self.policy_cost.sampling(batch.prompt_lengths, batch.completion_lengths, group_size)
         self.meter.charge_flops("rollout", flops)
-        return batch
+        return problems, batch
 
     def _prompt_tokens(self, problems: Sequence[Problem]) -> list[list[int]]:
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
@@ -260,7 +262,7 @@ class Trainer:
 
     def snapshot(self) -> dict[str, Any]:
         """The policy as it is now, and what it has cost."""
-        weights = {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
+        weights = copy.deepcopy(self.policy.state_dict())  # tied weights stay one tensor, as clones would not
         return {"step": self.steps, "spent": dict(self.meter.spent), "weights": weights, "samples": self.samples}
 
     def evaluate_reached(self, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness.algorithms.registry import PARTS, check_settings
+from harness.algorithms.registry import PARTS, check_settings, load_parts
 from harness.config import (
     BUDGET_AXES,
     AlgorithmConfig,
@@ -19,7 +19,7 @@ from harness.config import (
 from harness.errors import ConfigError, Declined
 from harness.evaluation import check_evaluation
 from harness.evaluation.entries import entry, held_out_entries
-from harness.policy.architecture import architecture, is_moe
+from harness.policy.architecture import architecture, check_architecture, is_moe
 from harness.runs.loggers import LOGGERS
 from harness.tasks import check_task
 
@@ -28,6 +28,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 def check(run: RunConfig) -> RunConfig:
     """Resolve what depends on the machine and enforce the rules between values."""
+    load_parts()  # before plugins, so that a plugin with a part of the same name is what is refused
     for plugin in run.plugins:
         _import_plugin(plugin)
     run.device = resolve_device(run.device)
@@ -177,8 +178,6 @@ def _check_ranges(run: RunConfig) -> None:
 
 
 def _check_parts(algorithm: AlgorithmConfig) -> None:
-    for module in ("advantages", "correction", "objective", "selection", "shaping", "surrogates"):
-        import_module(f"harness.algorithms.{module}")  # registers the parts that come with us
     for kind in PARTS:
         check_settings(kind, getattr(algorithm, kind))
     needs_selection = _trait(algorithm, "surrogate", "needs_selection")
@@ -196,7 +195,7 @@ def _check_parts(algorithm: AlgorithmConfig) -> None:
     _require(kl.estimator in ("k1", "k2", "k3"), f"algorithm.kl.estimator={kl.estimator}: choose k1, k2 or k3")
     _require(kl.placement in ("loss", "reward"), f"algorithm.kl.placement={kl.placement}: choose loss or reward")
     _require(
-        not kl.importance_weighted or (kl.placement == "loss" and algorithm.ratio["name"] == "token"),
+        not kl.importance_weighted or (kl.placement == "loss" and _trait(algorithm, "ratio", "token_level")),
         "algorithm.kl.importance_weighted=true takes a penalty in the loss and an importance ratio of each token: set "
         "algorithm.kl.placement=loss and algorithm.ratio.name=token, or importance_weighted to false",
     )
@@ -261,6 +260,11 @@ def _check_batch(run: RunConfig) -> None:
         not _trait(algorithm, "surrogate", "clips") or algorithm.steps_per_batch > 1,
         "algorithm.epochs x algorithm.minibatches is one optimizer step for each rollout batch: the importance ratio "
         f"is then 1 and the surrogate '{algorithm.surrogate['name']}' never clips; use at least 2",
+    )
+    _require(
+        run.rollout.decode_sequences >= algorithm.completions_per_prompt,
+        f"rollout.decode_sequences={run.rollout.decode_sequences}: completions of a prompt are decoded together, and "
+        f"algorithm.completions_per_prompt={algorithm.completions_per_prompt}; use at least that",
     )
     buffer, room = algorithm.shaping.get("buffer", 0), run.task.max_completion_tokens
     _require(
@@ -364,6 +368,8 @@ def _check_model(run: RunConfig) -> None:
         model.path is None or not Path(model.path).is_dir() or (Path(model.path) / "config.json").exists(),
         f"model.path={model.path}: that folder has no config.json; give a Hugging Face model directory",
     )
+    if model.architecture is not None:
+        check_architecture(model)
     check_positions(run.task, architecture(model).get("max_position_embeddings"), f"model.name={model.name}")
     if run.algorithm.routing_replay != "disabled" and not is_moe(model):
         raise Declined(

@@ -40,3 +40,21 @@ def test_a_run_whose_data_or_plugin_was_edited_since_its_plan_fails_and_says_so(
         file.write("\n")
     name = re.escape(edited.removesuffix(".py"))
     assert re.search(rf"{name} \(\w{{12}}, now \w{{12}}\) has changed since this run was planned", _failed(directory))
+
+
+def test_a_run_that_began_with_other_packages_is_not_continued(tmp_path, cold_starts, monkeypatch):
+    directory = planned(tmp_path, "budget.limits.updates=12", "checkpoint_every=1")
+    monkeypatch.setattr("harness.trainer.Trainer.finish", lambda trainer: 1 / 0)
+    assert run_cell(directory) == "failed" and directory.state_path.exists()
+    monkeypatch.undo()
+    provenance = directory.read_status()["provenance"]
+    older = provenance["packages"] | {"torch": "1.0"}
+    directory.update_status(provenance=provenance | {"packages": older})
+    assert run_cell(directory) == "failed"
+    assert directory.read_status()["reason"].startswith(
+        f"this run began with other packages (torch 1.0, now {provenance['packages']['torch']}): install those again"
+    )
+    assert directory.read_status()["provenance"]["packages"] == older
+    directory.update_status(provenance=provenance)
+    assert run_cell(directory) == "done"
+    assert not directory.state_path.exists()  # nothing continues from it any more

@@ -182,6 +182,28 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, model):
         compose(arguments)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.architecture.model_type=foo", r"model\.architecture: no causal .*\(ValueError: Unrecognized model"),
+        ("model.architecture.num_attention_heads=3", r"model\.architecture: no causal .*\(RuntimeError: The size"),
+        ("model.architecture.num_experts_per_tok=64", r"model\.architecture: no causal .*out of range\)"),
+        ("model.architecture.max_position_embeddings=abc", "expected int, got str"),
+        ("+model.architecture.num_layers=6", r"model\.architecture\.num_layers: .* qwen3_moe reads no such field"),
+        ("model.experts_implementation=foo", r"model\.experts_implementation=foo \(ValueError: Specified"),
+        ("algorithm.ratio.name=[a]", r"algorithm\.ratio\.name=\['a'\]: no such part; there are sequence,"),
+        ("rollout.decode_sequences=7", r"rollout\.decode_sequences=7: .*completions_per_prompt=8; use at least that"),
+    ],
+)
+def test_what_could_not_be_built_or_run_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["model=tiny_moe", override])
+
+
+def test_an_architecture_of_ones_own_is_taken():
+    assert compose(["model.architecture.num_hidden_layers=1"]).model.architecture["num_hidden_layers"] == 1
+
+
 @pytest.mark.parametrize("key", ["task", "model.cold_start.task"])
 def test_problems_that_an_evaluation_asks_in_other_words_are_refused(key):
     message = rf"{key}\.prompt='Compute .*evaluation\.tasks has chain_sum_longer.*conf/task/chain_sum\.yaml.*use that"

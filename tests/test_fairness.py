@@ -27,6 +27,8 @@ from harness.config import BUDGET_AXES, compose, conf_dir
 from harness.errors import ConfigError
 from harness.policy.loading import weights_hash
 from harness.policy.routing import Routing
+from harness.reward import Rewards
+from harness.rollout.batch import Batch
 from harness.runs.directory import EVALUATIONS, METRICS, SAMPLES, RunDirectory
 from harness.sweep.plan import Cell, check_folder, freeze
 from harness.tasks import PromptStream
@@ -302,6 +304,12 @@ def slow(monkeypatch):
     return clock
 
 
+def charged_seconds(directory) -> dict[str, float]:
+    """By phase, of those that were charged any."""
+    phases = directory.read_status()["budget"]["phases"]
+    return {phase: cost["seconds"] for phase, cost in phases.items() if cost["seconds"]}
+
+
 def test_evaluation_checkpoints_logging_and_start_up_are_never_charged(results, slow):
     for name in ("append_metrics", "append_evaluations", "append_samples", "update_status", "save_state"):
         slow.make_slow(RunDirectory, name)
@@ -346,14 +354,34 @@ def test_reference_passes_are_always_charged(results, runs):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "phase"), [("grpo_routing_replay", "old_logprobs"), ("grpo_rollout_routing_replay", "rollout")]
+    ("algorithm", "phases"),
+    [
+        ("grpo_routing_replay", {"old_logprobs"}),
+        ("grpo_rollout_routing_replay", {"rollout", "old_logprobs"}),
+    ],
 )
-def test_recording_routes_for_replay_is_always_charged(results, slow, monkeypatch, algorithm, phase):
+def test_recording_routes_for_replay_is_always_charged(results, slow, monkeypatch, algorithm, phases):
     slow.make_slow(Routing, "choices")
+    slow.make_slow(Batch, "alike")
     monkeypatch.setattr(harness.trainer.Trainer, "warm_up", lambda trainer: None)  # samples too, uncharged
     directory = run(results, "sweep=recording", f"algorithm={algorithm}", "model=tiny_moe")
-    assert slow.calls >= 2
-    assert sum(column(directory, f"seconds/{phase}")) == 1000 * slow.calls
+    assert slow.calls >= 4
+    assert charged_seconds(directory).keys() == phases
+    assert column(directory, "budget/device_seconds")[-1] == 1000 * slow.calls
+
+
+def test_prompts_and_the_choice_among_groups_are_always_charged(results, slow, monkeypatch):
+    for place, name in (
+        (PromptStream, "take"),
+        (harness.trainer.Trainer, "_prompt_tokens"),
+        (Batch, "concatenate"),
+        (Rewards, "select"),
+    ):
+        slow.make_slow(place, name)
+    monkeypatch.setattr(harness.trainer.Trainer, "warm_up", lambda trainer: setattr(slow, "calls", 0))
+    directory = run(results, "sweep=prompts", "algorithm=dapo")
+    assert slow.calls >= 8
+    assert charged_seconds(directory).keys() == {"rollout", "reward"}
     assert column(directory, "budget/device_seconds")[-1] == 1000 * slow.calls
 
 

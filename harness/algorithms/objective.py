@@ -158,7 +158,7 @@ def _ratio_metrics(ratio: Tensor, low: Tensor, high: Tensor, outside: Tensor, ma
     return metrics
 
 
-@register("ratio", "token")
+@register("ratio", "token", token_level=True)
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """exp(l - l_old), one a token (PPO, GRPO)."""
     return _bounded_exp(logprobs - old_logprobs)

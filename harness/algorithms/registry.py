@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
 from harness.errors import ConfigError
@@ -18,6 +20,16 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "selection": {},
     "shaping": {},
 }
+
+
+_OURS = ("advantages", "correction", "objective", "selection", "shaping", "surrogates")
+
+
+@cache
+def load_parts() -> None:
+    """Register the parts that come with us. Not on import, since they bring torch, which takes seconds."""
+    for module in _OURS:
+        import_module(f"harness.algorithms.{module}")
 
 
 def register(kind: str, name: str, ordered: tuple[str, str] | None = None, **traits: bool) -> Callable[[Part], Part]:
@@ -51,6 +63,7 @@ def register(kind: str, name: str, ordered: tuple[str, str] | None = None, **tra
 
 def part(kind: str, config: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function that a part's configuration names, and its settings."""
+    load_parts()
     settings = {key: value for key, value in config.items() if key != "name"}
     return PARTS[kind][config["name"]], settings
 
@@ -61,9 +74,10 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: for an unknown part, or a setting that is misspelt, absent or of another type.
     """
+    load_parts()
     key = f"algorithm.{kind}"
     name = config.get("name")
-    if name not in PARTS[kind]:
+    if not isinstance(name, str) or name not in PARTS[kind]:
         raise ConfigError(f"{key}.name={name}: no such part; there are {', '.join(sorted(PARTS[kind]))}")
     function = PARTS[kind][name]
     hints = get_type_hints(function, include_extras=True)

@@ -11,7 +11,7 @@ from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_summary
 from harness.config import EQUAL_KEYS
 
-_SPEEDS = 1.25  # that the update's medians may lie apart, whose work is the same for all
+_SPEEDS = 1.25  # that the updates of a variant's runs may lie apart, whose work is much the same
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,25 @@ def comparability(cells: pd.DataFrame) -> list[Check]:
 
 
 def speed_checks(sweep: Sweep) -> list[Check]:
-    """Whether the machine was as fast for one variant as for another; where it was not, seconds tell little.
+    """Whether the machine was as fast for one run of a variant as for the others; if not, seconds tell little.
 
-    The update does the same work for each model FLOP whatever the algorithm, up to a few per cent.
+    Variants are not held against each other. What sequences begin with alike is computed once and counted for each, so
+    that the update of one variant takes more seconds a model FLOP than that of another.
     """
     if not {"flops/update", "seconds/update"} <= set(sweep.cells):
         return []
     done = sweep.finished(sweep.cells)
     speeds = (done["flops/update"] / done["seconds/update"]).groupby([done["setting"], done["variant"]], sort=False)
+    ranges = speeds.agg(["min", "max", "count"]).query("count > 1")
     found = []
-    for setting, medians in speeds.median().dropna().groupby("setting", sort=False):
-        by_variant = medians.droplevel("setting")
-        equal = bool(by_variant.max() <= _SPEEDS * by_variant.min())
-        listed = ", ".join(f"{variant} {speed * 1e-9:.3g}" for variant, speed in by_variant.items())
+    for setting, by_variant in ranges.groupby("setting", sort=False):
+        equal = bool((by_variant["max"] <= _SPEEDS * by_variant["min"]).all())
+        listed = ", ".join(
+            f"{variant} {low * 1e-9:.3g} to {high * 1e-9:.3g}"
+            for variant, low, high in by_variant.droplevel("setting")[["min", "max"]].itertuples()
+        )
         doubt = "" if equal else "; seconds say as much of what else the machine did as of the algorithms"
-        detail = f"{listed} (model GFLOP a second of the update, medians over runs){doubt}"
+        detail = f"{listed} (model GFLOP a second of the update, slowest and fastest run){doubt}"
         found.append(Check(f"speed of the machine on {setting}", equal, detail))
     return found
 
@@ -97,7 +101,19 @@ def _same_problem(cells: pd.DataFrame) -> list[Check]:
 def _same_conditions(cells: pd.DataFrame) -> list[Check]:
     settings = [_settings(f"{section} settings", cells, section) for section in EQUAL_KEYS]
     code, device = _one_value("code that affects numbers", cells["code"]), _one_value("device model", cells["device"])
-    return [*settings, code, device]
+    return [*settings, code, device, _packages(cells)]
+
+
+def _packages(cells: pd.DataFrame) -> Check:
+    """Whether all ran with the same versions of libraries, which decide prompts, arithmetic and scores."""
+    recorded = [packages for packages in cells["packages"] if isinstance(packages, dict)]
+    if not recorded:
+        return Check("package versions", False, "not recorded")
+    names = sorted(set().union(*recorded))
+    versions = {name: distinct([packages.get(name) for packages in recorded]) for name in names}
+    differing = [f"{name}: {' against '.join(map(_plain, own))}" for name, own in versions.items() if len(own) > 1]
+    alike = ", ".join(f"{name} {found[0]}" for name, found in versions.items())
+    return Check("package versions", not differing, "; ".join(differing) or alike)
 
 
 def _by(cells: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:

@@ -31,9 +31,9 @@ def trial_runs(sweep: Sweep) -> pd.DataFrame:
     if not folders:
         return pd.DataFrame(columns=[*_KEYS, "seed", "status", "run", "score", "settings", "chosen"])
     runs = pd.concat([_with_choice(trial_scores(folder)) for folder in folders], ignore_index=True)
-    several = sweep.cells["task"].nunique() > 1
-    runs["setting"] = runs["model"] + ("/" + runs["task"] if several else "")
-    here = runs["algorithm"].isin(sweep.cells["algorithm"]) & runs["setting"].isin(sweep.settings)
+    settings = sweep.cells[["model", "task", "setting"]].drop_duplicates()
+    runs = runs.merge(settings, on=["model", "task"])
+    here = runs["algorithm"].isin(sweep.cells["algorithm"])
     return runs[here & (runs["status"] != "skipped")].reset_index(drop=True)
 
 
@@ -147,7 +147,7 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     spent = unit(sweep.axis, runs[axis].max()).text(runs[axis].mean())
     return True, (
         f"{trials.iloc[0]} trials of each algorithm on each model, seeds {', '.join(map(str, seeds[0]))}, "
-        f"{spent} ({sweep.axis}) a run on average; the best by mean training reward"
+        f"{spent} ({sweep.axis}) a run on average; the best by mean training reward{_at_edges(sweep)}"
     )
 
 
@@ -155,6 +155,20 @@ def tuning_sentence(sweep: Sweep) -> str:
     """For the reader of a verdict: how the settings came about that it compares."""
     alike, how = tuning_summary(sweep)
     return f"Tuned alike: {how}." if alike else f"{how[0].upper()}{how[1:]}."
+
+
+def _at_edges(sweep: Sweep) -> str:
+    """Whose choice is the smallest or largest of at least three values, so that a better one may lie beyond it."""
+    found: dict[str, list[str]] = {}
+    where: Any
+    for where, own in _points(sweep).groupby(["key", "setting", "algorithm"], sort=False):
+        key, setting, algorithm = where
+        chosen = set(own.loc[own["chosen"], "value"])
+        for end, value in (("smallest", own["value"].min()), ("largest", own["value"].max())):
+            if own["value"].nunique() > 2 and value in chosen:
+                found.setdefault(f"the {end} {key.replace('_', ' ')}", []).append(f"{algorithm} on {setting}")
+    said = "; ".join(f"{end} that was tried is the best of {', '.join(names)}" for end, names in found.items())
+    return f"; a better setting may lie beyond what was tried: {said}" if said else ""
 
 
 def _with_other_settings(cells: pd.DataFrame, runs: pd.DataFrame) -> list[str]:

@@ -1,21 +1,19 @@
 """A model of a real shape on the device: the harness's phases, transformers' `generate`, and a plain update."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-# Imported for the parts that they register.
-from harness.algorithms import correction, objective, selection, surrogates  # noqa: F401
 from harness.algorithms.advantages import last_tokens
 from harness.algorithms.metrics import Metrics
 from harness.benchmark.bare_config import bare_config
 from harness.benchmark.measure import Measure
 from harness.benchmark.model_shapes import Shape
 from harness.benchmark.peaks import timed, timed_with_memory
+from harness.benchmark.sharing import distinct, watch_passes
 from harness.benchmark.sizes import NO_TOKEN
 from harness.budget import Meter
 from harness.config import BudgetConfig, RunConfig
@@ -59,7 +57,7 @@ def shape_config(shape: Shape) -> RunConfig:
 
 
 class OurPhases:
-    """Rollout, old log-probabilities and update, as the trainer does them for completions without a shared prompt."""
+    """Rollout, old log-probabilities and update, as the trainer does them."""
 
     def __init__(self, model: PreTrainedModel, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device
@@ -72,6 +70,7 @@ class OurPhases:
         meter = Meter(BudgetConfig("updates", {"updates": 1e9}), torch.device(device))
         self.judge = Judge(self.config, meter, model, self.cost, None, None, None)
         self.updater = PolicyUpdater(model, self.config, meter.paused)
+        self.passes = watch_passes(self.updater)
         self.generator = torch.Generator().manual_seed(0)
         self.batch: Batch
         self()
@@ -80,19 +79,21 @@ class OurPhases:
         torch.use_deterministic_algorithms(True, warn_only=True)  # as a run has it
         rollout = timed(self._rollout, self.device)
         old_logprobs = timed(self._judge, self.device)
+        self.passes.clear()
         update, memory = timed_with_memory(self._update, self.device)
+        # What sequences of a pass begin with is computed once.
+        share = distinct(self.passes)
         return {
             "rollout": rollout,
             "old_logprobs": old_logprobs,
             "update": update,
-            "update FLOPs": (1 + BACKWARD) * self.cost.batch(self.batch),
+            "update FLOPs": (1 + BACKWARD) * self.cost.batch(self.batch) * share,
+            "distinct tokens": share,
             "memory": memory,
         }
 
     def _rollout(self) -> None:
-        batch = self.engine.generate(self.prompts, self.shape.group_size, self.generator)
-        # As if each had a prompt of its own: one that passes share is counted as FLOPs, but not computed.
-        self.batch = replace(batch, group_ids=torch.arange(len(batch.mask)))
+        self.batch = self.engine.generate(self.prompts, self.shape.group_size, self.generator)
 
     def _judge(self) -> None:
         mask = self.batch.mask

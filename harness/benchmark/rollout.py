@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from harness.benchmark.measure import Spread, interleave
+from harness.benchmark.sharing import distinct
 from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.benchmark.table import Cell, Options, Table, tokens_row
-from harness.benchmark.training import LENGTHS, MODELS, distinct, plain_policy, run_config
+from harness.benchmark.training import LENGTHS, MODELS, plain_policy, run_config
 from harness.benchmark.worker import workers
 from harness.policy.loading import load_policy
 from harness.rollout.embedded import EmbeddedEngine

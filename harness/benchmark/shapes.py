@@ -30,10 +30,11 @@ _ROLLOUT = (
 )
 _UPDATE = (
     "The optimizer steps on a rollout batch, against a loop that holds its logits; both with random float32 weights, "
-    "gradients and AdamW, and matrix products in {dtype}. MFU: model FLOPs (padding and recomputation count none) over "
-    "seconds, of the {peak:.3g} TFLOP/s of a {dtype} matrix product measured in the same run, and of the vendor's data "
-    "sheet; the goal is held against the latter where it is known. Memory: the most above what was held before, with "
-    "weights and optimizer state in place."
+    "gradients and AdamW, and matrix products in {dtype}. What sequences of a pass begin with, such as their prompt, "
+    "ours computes once: distinct tokens are the share that is left. MFU: model FLOPs of those (padding and "
+    "recomputation count none) over seconds, of the {peak:.3g} TFLOP/s of a {dtype} matrix product measured in the "
+    "same run, and of the vendor's data sheet; the goal is held against the latter where it is known. Memory: the most "
+    "above what was held before, with weights and optimizer state in place."
 )
 _PHASES = "Seconds of a rollout batch in each phase, and their shares."
 
@@ -109,6 +110,7 @@ def _update_columns(
         "ours, tokens/s": rates[0],
         "plain, tokens/s": rates[1],
         "ratio": rates[0] / rates[1],
+        "distinct tokens": ours["distinct tokens"].median,
         "TFLOP/s": achieved * 1e-12,
         "MFU, measured peak": mfu,
         "MFU, data sheet": data_sheet_mfu,

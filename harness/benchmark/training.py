@@ -2,23 +2,20 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.benchmark.sharing import distinct, watch_passes
 from harness.benchmark.sizes import NO_TOKEN, Sizes
 from harness.cell import prepare
 from harness.config import ModelConfig, RunConfig, compose
 from harness.policy.cold_start import cold_start_dir
-from harness.rollout.batch import Batch
 from harness.runs.loggers import open_loggers
 from harness.torch_setup import set_up_torch
 from harness.trainer import Trainer
-from harness.update import Targets
 
 MODELS = ("tiny_dense", "tiny_moe")
 LENGTHS = ("fixed", "natural")
@@ -67,9 +64,7 @@ class WholeSteps:
         directory = prepare(config)
         self.trainer = Trainer(config, directory)
         self.trainer.resume()
-        self.passes: list[Batch] = []
-        updater = self.trainer.policy_updater
-        updater.micro_batches = partial(self._watched, updater.micro_batches)  # type: ignore[method-assign]
+        self.passes = watch_passes(self.trainer.policy_updater)
         self.loggers = ExitStack()
         self.trainer.log = self.loggers.enter_context(open_loggers(config, directory, steps=0))
         if lengths == "fixed":
@@ -98,18 +93,3 @@ class WholeSteps:
             "distinct tokens": distinct(self.passes),
             **{f"{phase} share": cost["seconds"] / seconds for phase, cost in phases.items()},
         }
-
-    def _watched(self, micro_batches: Callable[..., Iterator[tuple[Batch, Targets]]], *batch: Any) -> Iterator[Any]:
-        for micro, judged in micro_batches(*batch):
-            self.passes.append(micro)
-            yield micro, judged
-
-
-def distinct(passes: Sequence[Batch]) -> float:
-    """The share of distinct tokens, of which one counts once for all sequences of a pass that begin alike up to it."""
-    own, every = 0, 0
-    for batch in passes:
-        first = batch.first
-        own += int((first == torch.arange(len(first)).unsqueeze(1)).sum())
-        every += int((first >= 0).sum())
-    return own / every

@@ -1,9 +1,15 @@
 """What a model's configuration says of it, without its weights."""
 
+import inspect
+import json
+from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from harness.config import ModelConfig
+from omegaconf import OmegaConf
+
+from harness.config import ModelConfig, conf_dir
 from harness.errors import ConfigError
 
 
@@ -28,6 +34,51 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         return AutoConfig.from_pretrained(model.path).get_text_config().to_dict()
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
         raise ConfigError(unreadable(model.path, error)) from error
+
+
+def check_architecture(model: ModelConfig) -> None:
+    """Build an architecture with a vocabulary of four tokens, and let it read them.
+
+    Raises:
+        ConfigError: for a field that its configuration does not have, or a model that cannot be built or run.
+    """
+    assert model.architecture is not None
+    if (model.architecture, model.experts_implementation) not in _ours():  # known without transformers' seconds
+        _try_out(json.dumps(model.architecture), model.experts_implementation)
+
+
+@lru_cache(maxsize=1)
+def _ours() -> list[tuple[dict[str, Any], str | None]]:
+    """Of the entries in conf/model."""
+    files = (conf_dir() / "model").glob("*.yaml")
+    entries: list[Any] = [OmegaConf.to_container(OmegaConf.load(file)) for file in files]
+    return [(entry["architecture"], entry.get("experts_implementation")) for entry in entries]
+
+
+@lru_cache(maxsize=16)  # cells of a plan share their models
+def _try_out(architecture: str, experts: str | None) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = json.loads(architecture)
+    kind = fields.pop("model_type", None)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields, vocab_size=4))
+            if experts:
+                built.set_experts_implementation(experts)
+            built(input_ids=torch.arange(4).unsqueeze(0))
+    except Exception as error:  # whatever the library makes of such values
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(
+            f"model.architecture: no causal language model can be made of {architecture} with "
+            f"model.experts_implementation={experts} ({reason})"
+        ) from error
+    known, source = AutoConfig.for_model(kind), inspect.getsource(inspect.getmodule(type(built)))  # type: ignore[arg-type]
+    for name in fields:
+        # Some are no attribute by default, but read where they are there.
+        if not hasattr(known, name) and f"config.{name}" not in source and f'"{name}"' not in source:
+            raise ConfigError(f"model.architecture.{name}: a model of model_type {kind} reads no such field")
 
 
 def unreadable(path: str, error: Exception) -> str:

@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.config import ColdStartConfig, ModelConfig
 from harness.errors import ConfigError
+from harness.machine import package_versions
 from harness.policy import loading
 from harness.policy.routing import routers
 from harness.policy.tokenizer import build_tokenizer
@@ -65,8 +65,7 @@ def cold_start_hash(config: ModelConfig) -> str:
         "code": fingerprint(
             ["policy/cold_start.py", "policy/loading.py", "policy/routing.py", "policy/tokenizer.py", "tasks"]
         ),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "packages": package_versions(("torch", "transformers", "reasoning-gym")),  # arithmetic, layers, problems
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -3,8 +3,8 @@
 A multiply and an add are two operations. Every weight matrix costs two operations a token and entry, an expert's as
 often as the router chooses it; attention costs the full square of a sequence's length, as it does in the usual counts
 (a triangular kernel would save up to half). The backward pass costs twice the forward. In the trainer's passes each
-completion counts with its prompt, although those of a group that share a micro-batch share its reading: what a run is
-charged does not depend on how its batches are cut.
+completion counts with its prompt, although those of a group that share a micro-batch share its reading. What is
+computed again in a backward pass, activations or the logits of a large vocabulary, the trainer charges on top.
 """
 
 from dataclasses import dataclass

@@ -144,20 +144,15 @@ class RunDirectory:
         Raises:
             ConfigError: with the bytes that are free and those that are needed.
         """
-        check_space(self.path, bytes_needed)
-
-
-def check_space(path: Path, bytes_needed: int) -> None:
-    """As :meth:`RunDirectory.check_space`, for a folder that need not exist yet."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < bytes_needed:
-        raise ConfigError(
-            f"the disk of {folder} has {free / 1e6:.0f} MB free and {bytes_needed / 1e6:.0f} MB are needed: "
-            "free some space, or write elsewhere with results=/another/disk"
-        )
+        folder = self.path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < bytes_needed:
+            raise ConfigError(
+                f"the disk of {folder} has {free / 1e6:.0f} MB free and {bytes_needed / 1e6:.0f} MB are needed: "
+                "free some space, or write elsewhere with results=/another/disk"
+            )
 
 
 def read_object(file: Path, mend: str) -> dict[str, Any]:

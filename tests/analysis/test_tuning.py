@@ -1,11 +1,14 @@
 """What the report says of tuning."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from harness.analysis.style import figure_style
 from harness.analysis.sweep import Sweep, read_sweep
-from harness.analysis.tuning import sensitivity, tuning_sensitivity, tuning_trials
+from harness.analysis.tuning import sensitivity, tuning_sensitivity, tuning_summary, tuning_trials
+from harness.analysis.view import viewed
 from tests.analysis.synthetic import Cell, trial, write_sweep
 
 _RATES = (1e-4, 2e-4, 4e-4)
@@ -14,7 +17,7 @@ _RATES = (1e-4, 2e-4, 4e-4)
 @pytest.fixture
 def tuned(tmp_path) -> Sweep:
     """gspo is best at the middle rate, by little; ppo diverges at the largest."""
-    folder = write_sweep(tmp_path / "s", [Cell(name, "tiny_dense", 0) for name in ("gspo", "ppo")])
+    folder = write_sweep(tmp_path / "s", [trial("gspo", None, 2e-4, seed=0), trial("ppo", None, 1e-4, seed=0)])
     cells = []
     for seed in (1000, 1001):
         for number, rate in enumerate(_RATES):
@@ -50,6 +53,25 @@ def test_the_figure_draws_every_run_of_every_trial(tuned: Sweep) -> None:
     assert "seeds 1000, 1001" in drawing.caption
     (panel,) = drawing.figure.axes
     assert panel.get_xscale() == "log" and panel.get_xlabel() == "Learning rate"
+
+
+def test_a_choice_at_the_end_of_what_was_tried_is_told(tuned: Sweep) -> None:
+    alike, how = tuning_summary(tuned)
+    assert alike  # gspo took the middle one
+    assert how.endswith("the smallest learning rate that was tried is the best of ppo on tiny_dense")
+
+
+def test_trials_are_found_for_the_cells_of_one_task_of_several(tmp_path) -> None:
+    tasks = ("chain_sum", "products")
+    folder = write_sweep(tmp_path / "s", [replace(trial("gspo", None, 2e-4, 0), task=task) for task in tasks])
+    write_sweep(
+        folder / "trials",
+        [replace(trial("gspo", n, rate, gain=0.1), task=task) for task in tasks for n, rate in enumerate((2e-4, 4e-4))],
+    )
+    for filters in ([], ["task=chain_sum"], ["seed=0"]):
+        sweep = viewed(read_sweep(folder), filters=filters)
+        assert tuning_summary(sweep)[1].startswith("2 trials of each algorithm on each model"), filters
+        assert set(tuning_trials(sweep).frame["model"]) == set(sweep.cells["setting"]), filters
 
 
 def test_a_sweep_that_was_not_tuned_has_nothing_to_tell(tmp_path) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from harness.benchmark import growth, logprobs, overhead, profile, report, rollout, step, sweep, update
+from harness.benchmark.sharing import distinct
 from harness.benchmark.sizes import TINY
 from harness.benchmark.synthetic import write_sweep
 from harness.benchmark.table import Options
-from harness.benchmark.training import WholeSteps, distinct, run_config
+from harness.benchmark.training import WholeSteps, run_config
 from harness.errors import ConfigError
 from harness.policy.attention import is_padding_free
 from harness.policy.logprobs import token_logprobs
