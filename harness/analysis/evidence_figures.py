@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from harness.analysis.aggregates import profiles
 from harness.analysis.efficiency import EqualBudget
@@ -23,11 +24,12 @@ from harness.analysis.evidence import (
 from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
 from harness.analysis.panels import absent_cells, legend, panels, title
 from harness.analysis.scaling import ScalingFit
-from harness.analysis.style import Drawing, Look, Unit, looks, plain, unit
+from harness.analysis.style import Drawing, Look, Unit, highlights_note, looks, plain, unit
 from harness.analysis.sweep import Sweep
 from harness.analysis.verdicts import Verdict, beaten
 
 _LINE = 0.165  # inches that an interval takes
+_MOST_BELOW = 10  # variants of an axis, where the axes stand one below the other
 _MOST_PAIRS = 28  # of one setting, as many as eight variants have
 _PAIR = ["setting", "first", "second"]
 _UNDECIDED = (0.45, 0.45, 0.45)
@@ -86,27 +88,16 @@ def equal_budget(sweep: Sweep) -> Drawing | None:
     if data.empty or data["mean_low"].isna().all():
         return None
     settings = [setting for setting in sweep.settings if setting in set(data["setting"])]
-    variants = [variant for variant in sweep.variants if variant in set(data["variant"])]
-    look, size = looks(sweep), len(variants) + 1.7  # lines of an axis, its heading and a gap among them
-    figure, grid = panels(len(settings), [_LINE * size * len(found) + 0.5], beside=variants)
-    for column, setting in enumerate(settings):
-        axes = grid[0, column]
-        for place, one in enumerate(found):
-            _heading(axes, place * size, f"equal {_equal(sweep, one, setting)}")
-            for line in data[(data["setting"] == setting) & (data["axis"] == one.axis)].to_dict("records"):
-                at = place * size + 1 + variants.index(line["variant"])
-                interval = line["mean_low"], line["mean"], line["mean_high"]
-                _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
-        axes.locator_params(axis="x", nbins=6)
-        axes.set(title=title(setting), xlabel=plain(headline_label(sweep)))
-    places = [place * size + 1 + index for place in range(len(found)) for index in range(len(variants))]
-    _label_lines(grid[0, 0], places, variants * len(found), above=0.8)
+    many = data["variant"].nunique() > _MOST_BELOW
+    figure = (_axes_beside if many else _axes_below)(sweep, found, data, settings)
+    order = f" In the order of the means at equal {sweep.axis.replace('_', ' ')}." if many else ""
+    order += highlights_note(sweep)
     caption = (
         f"{headline_label(sweep)} where all had spent equally much on an axis: the most that every finished run of the "
-        f"model had spent on it, interpolated between measurements{headline_smoothing(sweep)}. Points: mean over "
-        "seeds, open where another variant is better by verdict (paired t test, after Holm for all pairs of a model on "
-        f"an axis); bars: 95 % bootstrap interval of the mean ({RESAMPLES:,} resamples), where n is 3 or more. "
-        f"{_n(data['n'], 'runs')}. {_WORST}."
+        f"model had spent on it, interpolated between measurements{headline_smoothing(sweep)}.{order}"
+        " Points: mean over seeds, open where another variant is better by verdict (paired t test, "
+        f"after Holm for all pairs of a model on an axis); bars: 95 % bootstrap interval of the mean ({RESAMPLES:,} "
+        f"resamples), where n is 3 or more. {_n(data['n'], 'runs')}. {_WORST}."
     )
     absent = absent_cells(sweep, settings)
     caption += f" Without a point: {absent}." if absent else ""
@@ -126,15 +117,16 @@ def performance_profiles(sweep: Sweep) -> Drawing | None:
     for column, setting in enumerate(settings):
         axes = grid[0, column]
         for variant, line in data[data["setting"] == setting].groupby("variant", sort=False):
-            color = look[str(variant)].color
-            axes.plot(line["level"], line["share"], drawstyle="steps-post", **_line(look[str(variant)]))
-            axes.fill_between(line["level"], line["low"], line["high"], color=color, **band)
+            own = look[str(variant)]
+            axes.plot(line["level"], line["share"], drawstyle="steps-post", **_line(own))
+            if not own.faint:
+                axes.fill_between(line["level"], line["low"], line["high"], color=own.color, **band)
         axes.set(title=title(setting), xlabel=f"{plain(headline_label(sweep))} above")
     grid[0, 0].set(ylabel="Share of runs", ylim=(-0.03, 1.03))
     legend(figure, look, variants)
     caption = (
         f"Performance profiles (Agarwal et al. 2021): the share of runs whose {headline_end(sweep)} "
-        "lies above each level. Bands: Wilson's 95 % interval of each share by itself. "
+        f"lies above each level.{highlights_note(sweep)} Bands: Wilson's 95 % interval of each share by itself. "
         f"{_n(data['n'], 'runs')}. {_WORST}."
     )
     return Drawing("performance_profile", "Performance profiles", caption, figure, data)
@@ -153,6 +145,7 @@ def scaling(sweep: Sweep) -> Drawing | None:
     for row, metric in enumerate(metrics):
         for column, setting in enumerate(settings):
             here = [fit for fit in held if (fit.metric, fit.setting) == (metric, setting)]
+            here.sort(key=lambda fit: look[fit.variant].faint)  # which have no place to the right
             for place, fit in enumerate(here):
                 _draw_fit(grid[row, column], fit, look[fit.variant], budget, place)
             grid[row, column].set_xlim(left=0)
@@ -164,14 +157,61 @@ def scaling(sweep: Sweep) -> Drawing | None:
         "Sigmoid of ScaleRL (arXiv 2510.13786) from the cold start's level towards an asymptote, fitted to every point "
         f"of the finished runs. Dots: their means over each {_PARTS}th part of the budget; bands: pointwise 95 % "
         "interval over seeds (bootstrap standard error, Student's t); bars to the right: the asymptote, with its "
-        f"interval, likewise. {_n(pd.Series([fit.n for fit in held]), 'runs')}. {_without_fit(fits)}"
+        f"interval, likewise.{highlights_note(sweep)} {_n(pd.Series([fit.n for fit in held]), 'runs')}. "
+        f"{_without_fit(fits)}"
     )
     return Drawing("scaling_fit", "Scaling fit", caption.strip(), figure, pd.DataFrame(list(_drawn_fits(held))))
 
 
+def _axes_below(sweep: Sweep, found: Sequence[EqualBudget], data: pd.DataFrame, settings: Sequence[str]) -> Figure:
+    """A panel for each setting, in which the budget axes stand one below the other, each with all variants."""
+    variants = [variant for variant in sweep.variants if variant in set(data["variant"])]
+    look, size = looks(sweep), len(variants) + 1.7  # lines of an axis, its heading and a gap among them
+    figure, grid = panels(len(settings), [_LINE * size * len(found) + 0.5], beside=variants)
+    for column, setting in enumerate(settings):
+        axes = grid[0, column]
+        for place, one in enumerate(found):
+            _heading(axes, place * size, f"equal {_equal(sweep, one, setting)}")
+            for line in data[(data["setting"] == setting) & (data["axis"] == one.axis)].to_dict("records"):
+                at = place * size + 1 + variants.index(line["variant"])
+                interval = line["mean_low"], line["mean"], line["mean_high"]
+                _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
+        axes.locator_params(axis="x", nbins=6)
+        axes.set(title=title(setting), xlabel=plain(headline_label(sweep)))
+    places = [place * size + 1 + index for place in range(len(found)) for index in range(len(variants))]
+    _label_lines(grid[0, 0], places, variants * len(found), above=0.8)
+    return figure
+
+
+def _axes_beside(sweep: Sweep, found: Sequence[EqualBudget], data: pd.DataFrame, settings: Sequence[str]) -> Figure:
+    """A panel for each setting and budget axis, with the variants in the order of their means on the first of them,
+    which is the axis that the sweep is compared on."""
+    look = looks(sweep)
+    found = sorted(found, key=lambda one: one.axis != sweep.axis)
+    main = data[data["axis"] == found[0].axis].sort_values("mean", ascending=False, kind="stable")
+    orders = {setting: list(main.loc[main["setting"] == setting, "variant"]) for setting in settings}
+    heights = [_LINE * len(order) + 0.6 for order in orders.values()]
+    figure, grid = panels(len(found), heights, width=1.9, beside=list(data["variant"]))
+    for row, (setting, order) in enumerate(orders.items()):
+        for column, one in enumerate(found):
+            axes = grid[row, column]
+            for line in data[(data["setting"] == setting) & (data["axis"] == one.axis)].to_dict("records"):
+                interval = line["mean_low"], line["mean"], line["mean_high"]
+                at = order.index(line["variant"])
+                _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
+            axes.locator_params(axis="x", nbins=4)
+            axes.set_title(f"{title(setting)}\nequal " + ":\n".join(_equal(sweep, one, setting).split(": ")))
+            grid[-1, column].set_xlabel(plain(headline_label(sweep)))
+        _label_lines(grid[row, 0], range(len(order)), order)
+    return figure
+
+
 def _shown(sweep: Sweep, pairs: Sequence[Verdict], setting: str) -> list[Verdict]:
-    """All of a setting, or where these are too many those with the variant of the highest mean."""
+    """All of a setting, against a baseline in the order of their differences; or where these are too many those with
+    the variant of the highest mean."""
     here = [pair for pair in pairs if pair.setting == setting]
+    if sweep.baseline:
+        return sorted(here, key=lambda pair: -pair.difference)
     if len(here) <= _MOST_PAIRS:
         return here
     rows, drawn = headline_scores(sweep), {name for pair in here for name in (pair.first, pair.second)}
@@ -218,14 +258,18 @@ def _label_lines(axes: Axes, places: Sequence[float], labels: Sequence[str], abo
 
 
 def _line(look: Look) -> dict[str, Any]:
-    return {"color": look.color} | ({"dashes": look.dashes} if look.dashes else {})
+    thin = {"linewidth": 0.8, "zorder": 1} if look.faint else {}
+    return {"color": look.color, **thin} | ({"dashes": look.dashes} if look.dashes else {})
 
 
 def _draw_fit(axes: Axes, fit: ScalingFit, look: Look, budget: Unit, place: int) -> None:
     """The curve with its band and points; to the right, at its own place, the asymptote with its interval."""
     points, color = _averaged(fit), look.color
-    axes.plot(points["x"] / budget.scale, points["y"], ".", color=color, markersize=4, alpha=0.55)
+    if not look.faint:
+        axes.plot(points["x"] / budget.scale, points["y"], ".", color=color, markersize=4, alpha=0.55)
     axes.plot(fit.x / budget.scale, fit.y, **_line(look))
+    if look.faint:
+        return
     axes.fill_between(fit.x / budget.scale, fit.low, fit.high, color=color, alpha=0.14, linewidth=0)
     aside = fit.x[-1] / budget.scale * (1.05 + 0.035 * place)
     axes.plot([aside, aside], fit.asymptote[1:], color=color, linewidth=1.5, solid_capstyle="butt")

@@ -142,7 +142,8 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
     if not curves:
         return None
     settings, budget = _settings(curves), _budget(sweep)
-    widest = [f"{variant}, mean 0.0012" for variant in _variants(sweep, curves)]
+    look = looks(sweep)
+    widest = [f"{variant}, mean 0.0012" for variant in _variants(sweep, curves) if not look[variant].faint]
     figure, axes = panels(len(settings), [2.5 + 0.18 * len(widest)], below=widest)
     zeros = []
     for column, setting in enumerate(settings):
@@ -152,14 +153,17 @@ def clip_fraction(sweep: Sweep) -> Drawing | None:
         for variant, rows in _rows(sweep, CLIP_FRACTION, setting).items():
             mean = mean_over_steps(sweep.finished(rows), CLIP_FRACTION).mean()
             labels[variant] = variant if np.isnan(mean) else f"{variant}, mean {mean:.2g}"
-            if (rows[CLIP_FRACTION] == 0).any():
+            if (rows[CLIP_FRACTION] == 0).any() and not look[variant].faint:
                 zeros.append(f"{(rows[CLIP_FRACTION] == 0).sum()} of {len(rows)} of {variant} on {setting}")
-        panel_legend(axes[0, column], looks(sweep), labels)
+        panel_legend(axes[0, column], look, labels)
     log_axis(axes[0, 0], list(curves.values()))
     axes[0, 0].set_ylabel("Clipped tokens (fraction)")
-    said = f"Steps at exactly 0, in every mean, though a log axis cannot show them: {'; '.join(zeros)}." if zeros else (
-        "No step is at 0."
-    )  # fmt: skip
+    of = "" if len(widest) == len(_variants(sweep, curves)) else " of those in colour"
+    said = (
+        f"Steps{of} at exactly 0, in every mean, though a log axis cannot show them: {'; '.join(zeros)}."
+        if zeros
+        else f"No step{of} is at 0."
+    )
     caption = (
         f"Fraction of tokens whose gradient the surrogate's clipping removes, over all optimizer steps of a rollout "
         f"batch, {_until(sweep, budget)}. In the legend: mean over steps, then over finished runs. {said} "

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from harness.analysis.intervals import MIN_RUNS_FOR_INTERVAL, RESAMPLES
 from harness.analysis.statistics import Curve
-from harness.analysis.style import Look, Unit, plain
+from harness.analysis.style import Look, Unit, highlights_note, plain
 from harness.analysis.sweep import Sweep
 
 _LETTER = 0.06  # inches that a letter of a label takes, about
@@ -54,7 +54,14 @@ def title(setting: str) -> str:
 
 
 def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = False, marker: str = "") -> None:
-    """The mean with its interval, or single runs where there are too few; unfinished runs end in a cross."""
+    """The mean with its interval, or single runs where there are too few; unfinished runs end in a cross.
+
+    A faint one is a thin line, whose interval would cover others'.
+    """
+    if look.faint:
+        for x, y in [(curve.x, curve.mean)] if len(curve.x) else curve.finished.values():
+            axes.plot(x / unit.scale, _positive(y, log), color=look.color, linewidth=0.8, zorder=1)
+        return
     dashes = {"dashes": look.dashes} if look.dashes else {}
     style: dict[str, Any] = {"color": look.color, "marker": marker, "markersize": 3.5, **dashes}
     if len(curve.x):
@@ -105,8 +112,10 @@ def log_axis(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def legend(figure: Figure, looks: Mapping[str, Look], variants: Sequence[str], *, markers: bool = False) -> None:
     """One legend above all panels, in the sweep's order; of lines, or of the markers of points that are drawn alone."""
-    handles = [_handle(looks[variant], variant, markers=markers) for variant in variants]
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (8 + max(map(len, variants), default=1)))))
+    entries = _entries(looks, {variant: variant for variant in variants})
+    handles = [_handle(look, label, markers=markers) for look, label in entries]
+    longest = max((len(label) for _, label in entries), default=1)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() * 12 / (8 + longest))))
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))  # panels keep their size
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=2.8)
@@ -114,7 +123,7 @@ def legend(figure: Figure, looks: Mapping[str, Look], variants: Sequence[str], *
 
 def panel_legend(axes: Axes, looks: Mapping[str, Look], labels: Mapping[str, str]) -> None:
     """A legend below a panel, which gives a label to each variant."""
-    handles = [_handle(looks[variant], label) for variant, label in labels.items()]
+    handles = [_handle(look, label) for look, label in _entries(looks, labels)]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.19), handlelength=2.6)
 
 
@@ -123,7 +132,7 @@ def runs_note(sweep: Sweep, curves: Curves) -> str:
     means = [curve for curve in curves.values() if len(curve.x)]
     few = [curve for curve in curves.values() if 0 < curve.n < MIN_RUNS_FOR_INTERVAL]
     unfinished = sum(len(curve.unfinished) for curve in curves.values())
-    parts: list[str] = []
+    parts: list[str] = [note] if (note := highlights_note(sweep).strip()) else []
     if means:
         parts.append(
             f"Lines: mean over the seeds of finished runs; bands: 95 % bootstrap interval of that mean over seeds "
@@ -177,6 +186,13 @@ def absent_cells(sweep: Sweep, settings: Collection[str]) -> str:
 
 def _length(labels: Sequence[str]) -> float:
     return _LETTER * max(map(len, labels), default=0)
+
+
+def _entries(looks: Mapping[str, Look], labels: Mapping[str, str]) -> list[tuple[Look, str]]:
+    """Of a legend: the variants with a colour of their own, and one entry for all others."""
+    own = [(looks[variant], label) for variant, label in labels.items() if not looks[variant].faint]
+    others = [looks[variant] for variant in labels if looks[variant].faint]
+    return [*own, *((look, f"{len(others)} others") for look in others[:1])]
 
 
 def _handle(look: Look, label: str, *, markers: bool = False) -> Line2D:

@@ -27,8 +27,9 @@ def budget_by_phase(sweep: Sweep) -> Drawing | None:
         return None
     settings, costs = table["setting"].unique(), table["cost"].unique()
     drawn = set(table["phase"])
-    phases = [phase for phase in columns_of(sweep.cells, "seconds/").values() if phase in drawn]
-    colors = dict(zip(phases, itertools.cycle(_COLORS), strict=False))
+    # Over all that are known, so that a phase has its colour in every report.
+    known = dict(zip(columns_of(sweep.cells, "seconds/").values(), itertools.cycle(_COLORS), strict=False))
+    colors = {phase: color for phase, color in known.items() if phase in drawn}
     bars = table.groupby("setting")["variant"].nunique()
     heights = [0.6 + 0.34 * int(bars[setting]) for setting in settings]
     figure, axes = panels(len(costs), heights, width=4.4, beside=list(map(_label, table["variant"], table["n"])))

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -14,12 +15,15 @@ import seaborn
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from harness.analysis.scores import headline_metric, scores
 from harness.analysis.sweep import Sweep
 from harness.analysis.table import short
 
 _DASHES: Sequence[tuple[float, ...]] = ((), (5, 1.6), (1.4, 1.2), (6, 1.5, 1.4, 1.5), (3, 1), (8, 2, 1, 2, 1, 2))
 _MARKERS = ("o", "s", "^", "D", "v", "P")  # as many as there are dashes
 _PALETTE = (0, 3, 2, 4, 1, 9, 5, 6, 7, 8)  # seaborn's colour-blind palette, neighbours as unlike as can be
+_HIGHLIGHTED = 8  # lines that can be told apart where there are more algorithms than colours
+_GREY = (0.72, 0.72, 0.72)
 _CAPTION_SIZE = 7.5
 _AXES = {"device_seconds": "Device time", "flops": "Compute", "tokens": "Sampled tokens", "queries": "Prompts"}
 _SCALES = {
@@ -36,6 +40,7 @@ class Look:
     color: tuple[float, float, float]
     dashes: tuple[float, ...]
     marker: str  # where a variant has points and no line
+    faint: bool = False  # one of many, behind those that are highlighted
 
 
 @dataclass(frozen=True)
@@ -97,22 +102,57 @@ def figure_style() -> Iterator[None]:
 
 
 def looks(sweep: Sweep) -> dict[str, Look]:
-    """A look for every variant: the colour tells the algorithm, the line style helps where colours do not print."""
+    """A look for every variant: the colour tells the algorithm, the line style helps where colours do not print.
+
+    Where there are more algorithms than colours, only the :func:`highlighted` variants have one.
+    """
     algorithm_of = dict(zip(sweep.cells["variant"], sweep.cells["algorithm"], strict=True))
-    algorithms = list(dict.fromkeys(algorithm_of[variant] for variant in sweep.variants))
+    shown = highlighted(sweep)
+    algorithms = list(dict.fromkeys(algorithm_of[variant] for variant in shown))
     colorblind = seaborn.color_palette("colorblind", 10)
     palette = [colorblind[index] for index in _PALETTE]
     styles = list(zip(_DASHES, _MARKERS, strict=True))
-    searched = len(sweep.variants) > len(algorithms)
+    searched = len(shown) > len(algorithms)
     seen: dict[str, int] = {}
-    result = {}
-    for variant in sweep.variants:
+    result = {variant: Look(_GREY, (), _MARKERS[0], faint=True) for variant in sweep.variants}
+    for variant in shown:
         algorithm = algorithm_of[variant]
         index = algorithms.index(algorithm)
         place = seen.get(algorithm, 0) if searched else index
         seen[algorithm] = seen.get(algorithm, 0) + 1
         result[variant] = Look(palette[index % len(palette)], *styles[place % len(styles)])
     return result
+
+
+@lru_cache(maxsize=1)
+def highlighted(sweep: Sweep) -> list[str]:
+    """The variants that figures show in colour: all of them, or of too many the baseline and those that score highest.
+
+    Highest by their mean rank over the settings, at the end of the budget. Of several that made the same runs, as some
+    do whose parts never come into play, the first stands for all.
+    """
+    ran = sweep.compared if len(sweep.compared) else sweep.cells
+    metric = headline_metric(sweep)
+    if ran["algorithm"].nunique() <= len(_PALETTE) or metric is None:
+        return sweep.variants
+    means = scores(sweep, metric).pivot_table("score", "variant", "setting", sort=False)
+    ranks = means.rank(ascending=False).mean(axis=1).sort_values(kind="stable")
+    baseline = [sweep.baseline] if sweep.baseline in means.index else []
+    order = means.loc[[*baseline, *ranks.index.drop(baseline)]].drop_duplicates()
+    return [variant for variant in sweep.variants if variant in order.index[:_HIGHLIGHTED]]
+
+
+def highlights_note(sweep: Sweep) -> str:
+    """What a caption owes the reader about colours, with a space before it; nothing where every variant has one."""
+    shown = highlighted(sweep)
+    if len(shown) == len(sweep.variants):
+        return ""
+    first = f"{sweep.baseline}, with which all are compared, and " if sweep.baseline else ""
+    count = len(shown) - bool(sweep.baseline)
+    return (
+        f" In colour: {first}the {count} of the highest mean score at the end of the budget, of equal ones the first; "
+        "grey: all others."
+    )
 
 
 def plain(text: str) -> str:

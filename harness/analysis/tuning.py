@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from harness.analysis.decisions import MARGIN
 from harness.analysis.panels import legend, panels, title
-from harness.analysis.style import Drawing, looks, unit
+from harness.analysis.style import Drawing, highlights_note, looks, unit
 from harness.analysis.sweep import Sweep, columns_of
 from harness.analysis.table import Table
 from harness.runs.trials import TRIALS, best_trials, searched, trial_scores
@@ -96,6 +96,9 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
                 style = styles[str(name)]
                 dashes = {"dashes": style.dashes} if style.dashes else {}
                 means = own.groupby("value")["score"].mean()
+                if style.faint:
+                    panel.plot(means.index, means, color=style.color, linewidth=0.8, zorder=1)
+                    continue
                 panel.plot(means.index, means, color=style.color, **dashes)
                 panel.plot(own["value"], own["score"], ".", color=style.color, alpha=0.45, markersize=5)
                 chosen = means[means.index.isin(own.loc[own["chosen"], "value"])]
@@ -114,11 +117,12 @@ def sensitivity(sweep: Sweep) -> Drawing | None:
     legend(figure, styles, algorithms)
     seeds = sorted(set(points["seed"].astype(int)))
     spent = trial_runs(sweep)[f"spent/{sweep.axis}"].max()
+    lost = np.isneginf(points["score"])
     caption = (
         f"Mean training reward over each trial's budget ({unit(sweep.axis, spent).text(spent)} at most) against the "
-        f"setting that was searched. Dots: single runs, seeds {', '.join(map(str, seeds))}, which no comparison uses; "
-        "lines: their mean, without interval; rings, of several sizes to be told apart: the trial that the comparison "
-        f"took{'; ×: a run that diverged or failed' if np.isneginf(points['score']).any() else ''}."
+        f"setting that was searched.{highlights_note(sweep)} Dots: single runs, seeds {', '.join(map(str, seeds))}, "
+        "which no comparison uses; lines: their mean, without interval; rings, of several sizes to be told apart: the "
+        f"trial that the comparison took{'; ×: a run that diverged or failed' if lost.any() else ''}."
     )
     return Drawing("sensitivity", "Sensitivity to tuning", caption, figure, points)
 

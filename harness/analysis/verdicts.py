@@ -20,6 +20,7 @@ from harness.analysis.decisions import (
 from harness.analysis.scores import Metric, counts, none_ended_well, paired, pairs
 
 Outcome = Literal["better", "worse", "equivalent", "undecided", "too few"]
+_LISTED = 6  # decided pairs that a sentence names
 _FEWEST = 3  # pairs whose spread says enough to plan with
 
 
@@ -173,30 +174,54 @@ def _headline(here: Sequence[Verdict], leading: Sequence[str], ranked: Sequence[
 
 
 def _in_front(here: Sequence[Verdict], leading: Sequence[str]) -> str:
-    """Which of the ranked variants lead."""
-    one = here[0]
-    where = f"On {one.setting}"
+    """Which of the ranked variants lead, and which pairs are decided."""
+    one, where = here[0], f"On {here[0].setting}"
     if len(leading) == 1:
-        against = [verdict for verdict in here if leading[0] in (verdict.first, verdict.second)]
-        if all(verdict.outcome in ("better", "worse") for verdict in against):
-            return f"{where}, {leading[0]} scores higher than every other on {one.metric}."
-        return f"{where}, none scores higher than {leading[0]} on {one.metric}, which is not ahead of every other."
+        behind = [verdict for verdict in here if leading[0] in (verdict.first, verdict.second)]
+        if not all(verdict.outcome in ("better", "worse") for verdict in behind):
+            first = f"{where}, none scores higher than {leading[0]} on {one.metric}, which is not ahead of every other."
+        elif len(behind) == 1:
+            return f"{where}, on {one.metric}: {_decided(behind)}."
+        else:
+            first = f"{where}, {leading[0]} scores higher than every other on {one.metric}."
+        return f"{first}{_also(here)}"
     names = f"{', '.join(leading[:-1])} and {leading[-1]}"
     between = [verdict for verdict in here if verdict.first in leading and verdict.second in leading]
     if all(verdict.outcome == "equivalent" for verdict in between):
-        return f"{where}, {names} differ by less than {one.margin:g} on {one.metric}, and none scores higher."
-    return f"{where}, which of {names} scores highest on {one.metric} is undecided."
+        others = ", and no other scores higher" if len(between) < len(here) else ""
+        first = f"{where}, {names} differ by less than {one.margin:g} on {one.metric}{others}."
+    else:
+        first = f"{where}, which of {names} scores highest on {one.metric} is undecided."
+    return f"{first}{_also(here)}"
+
+
+def _also(here: Sequence[Verdict]) -> str:
+    """The pairs that are decided, if there are any, as a sentence with a space before it."""
+    decided = [verdict for verdict in here if verdict.outcome in ("better", "worse")]
+    if len(decided) > _LISTED:
+        return f" {len(decided)} of {len(here)} pairs are decided (see the table)."
+    return f" Decided: {_decided(decided)}." if decided else ""
+
+
+def _decided(pairs: Sequence[Verdict]) -> str:
+    said = []
+    for one in pairs:
+        winner, loser = (one.first, one.second) if one.outcome == "better" else (one.second, one.first)
+        low, high = sorted(map(abs, (one.low, one.high)))
+        said.append(f"{winner} scores higher than {loser} (by {abs(one.difference):.3f}, {low:.3f} to {high:.3f})")
+    return "; ".join(said)
 
 
 def _against(here: Sequence[Verdict], baseline: str) -> str:
     """How the others compare with the baseline, which is the second of every pair."""
     one = here[0]
     words = {
-        "better": "scores higher", "worse": "scores lower", "equivalent": f"differs by less than {one.margin:g}",
-        "undecided": "is undecided", "too few": f"is not ranked (it takes {one.least} pairs of runs)",
+        "better": "Higher", "worse": "Lower", "equivalent": f"Within {one.margin:g} of it", "undecided": "Undecided",
+        "too few": f"Not ranked, for it takes {one.least} pairs of runs",
     }  # fmt: skip
-    said = [f"{verdict.first} {words[verdict.outcome]}" for verdict in here]
-    return f"On {one.setting}, against {baseline} on {one.metric}: {'; '.join(said)}."
+    by_outcome = {outcome: [verdict.first for verdict in here if verdict.outcome == outcome] for outcome in words}
+    said = [f"{words[outcome]}: {', '.join(names)}." for outcome, names in by_outcome.items() if names]
+    return f"On {one.setting}, compared with {baseline} on {one.metric}. {' '.join(said)}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from harness.analysis.figures import (
     all_figures,
     clip_fraction,
     downstream_accuracy,
+    equal_budget,
     expert_change,
+    pairwise,
     step_reward,
     training_reward,
     true_reward,
 )
 from harness.analysis.phases import budget_by_phase
-from harness.analysis.style import Drawing, figure_style, looks, save, unit
+from harness.analysis.style import Drawing, figure_style, highlighted, looks, save, unit
 from harness.analysis.sweep import Sweep, read_sweep
 from tests.analysis.synthetic import ALGORITHMS, Cell, write_sweep
 from tests.analysis.toy import Run, headlined
@@ -155,7 +158,7 @@ def test_long_names_leave_the_panels_their_width(tmp_path: Path) -> None:
 
 
 def test_algorithms_that_the_code_never_heard_of_are_drawn(tmp_path: Path) -> None:
-    names = [f"invented_{number}" for number in range(12)]
+    names = [f"invented_{number}" for number in range(10)]
     cells = [Cell(name, "my_model", seed) for name in names for seed in range(3)]
     found = read_sweep(write_sweep(tmp_path / "sweep", cells))
     reward, phases = training_reward(found), budget_by_phase(found)
@@ -248,3 +251,62 @@ def test_a_sweep_that_has_not_begun_has_no_figures(tmp_path: Path) -> None:
 )
 def test_budgets_are_written_in_readable_units(axis: str, value: float, text: str) -> None:
     assert unit(axis, value).text(value) == text
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Twelve algorithms, each better than the one before it, but for the last, which makes the runs of the eleventh."""
+    names = [f"a{place:02}" for place in range(12)]
+    cells = [Cell(name, "tiny_dense", seed, gain=0.3 * int(name[1:])) for name in names for seed in range(3)]
+    root = write_sweep(tmp_path_factory.mktemp("crowd") / "sweep", cells)
+    copies = {cell.seed: cell for cell in cells if cell.algorithm == "a10"}
+    for cell in cells[-3:]:
+        shutil.copy(root / copies[cell.seed].name / "evaluations.jsonl", root / cell.name / "evaluations.jsonl")
+    return read_sweep(root)
+
+
+def test_of_more_algorithms_than_colours_the_best_have_one(crowd: Sweep) -> None:
+    best = [f"a{place:02}" for place in range(3, 11)]
+    assert highlighted(crowd) == best
+    look = looks(crowd)
+    assert [name for name in crowd.variants if not look[name].faint] == best
+    assert len({look[name].color for name in best}) == len(best)
+    drawing = training_reward(crowd)
+    assert drawing is not None and "the 8 of the highest mean score" in drawing.caption
+    (legend,) = drawing.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*best, "4 others"]
+    (axes,) = drawing.figure.axes
+    assert len(axes.lines) == 12 and len(axes.collections) == 8  # a band for each that has a colour
+    assert set(drawing.data["variant"]) == set(crowd.variants)
+
+
+def test_a_baseline_has_a_colour_among_many(crowd: Sweep) -> None:
+    against = replace(crowd, baseline="a00")
+    assert highlighted(against) == ["a00", *(f"a{place:02}" for place in range(4, 11))]
+    drawing = pairwise(against)
+    assert drawing is not None
+    assert list(drawing.data["first"]) == ["a10", "a11", *(f"a{place:02}" for place in range(9, 0, -1))]
+
+
+def test_the_axes_of_many_variants_stand_beside_each_other_in_the_order_of_the_means(crowd: Sweep) -> None:
+    drawing = equal_budget(crowd)
+    assert drawing is not None and "In the order of the means at equal flops" in drawing.caption
+    first, *others = drawing.figure.axes
+    labels = [label.get_text() for label in first.get_yticklabels()]
+    assert labels == ["a10", "a11", *(f"a{place:02}" for place in range(9, -1, -1))]
+    assert "equal flops" in first.get_title() and {"equal device seconds"} <= {
+        axes.get_title().split("\n")[1].rstrip(":") for axes in others
+    }
+
+
+def test_a_phase_has_its_colour_in_every_report(tmp_path: Path, drawings: dict[str, Drawing]) -> None:
+    sweep = read_sweep(write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_dense", seed) for seed in (0, 1)]))
+    without_critic = sweep.cells.assign(**{"seconds/critic": 0.0, "flops/critic": 0.0})
+    drawing = budget_by_phase(replace(sweep, cells=without_critic))
+    assert drawing is not None
+    colors = [
+        {patch.get_label(): patch.get_facecolor() for patch in figure.legends[0].get_patches()}
+        for figure in (drawing.figure, drawings["budget_by_phase"].figure)
+    ]
+    assert "critic" in colors[1] and "critic" not in colors[0]
+    assert colors[0] == {phase: color for phase, color in colors[1].items() if phase != "critic"}

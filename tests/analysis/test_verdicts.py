@@ -98,11 +98,10 @@ def test_against_a_baseline_only_its_pairs_are_compared() -> None:
 def test_against_a_baseline_nothing_is_said_of_the_others_among_themselves() -> None:
     runs = [ended("base", BASE), ended("a", CLEAR), ended("b", CLEAR), ended("c", NEAR), ended("d", UNCLEAR)]
     assert headlines(judge(*runs, baseline="base"), "base") == [
-        "On tiny, against base on held_out: a scores higher; b scores higher; c differs by less than 0.02; "
-        "d is undecided."
+        "On tiny, compared with base on held_out. Higher: a, b. Within 0.02 of it: c. Undecided: d."
     ]
     (few,) = headlines(judge(ended("base", BASE[:2]), ended("a", CLEAR[:2]), baseline="base"), "base")
-    assert few == "On tiny, against base on held_out: a is not ranked (it takes 4 pairs of runs)."
+    assert few == "On tiny, compared with base on held_out. Not ranked, for it takes 4 pairs of runs: a."
 
 
 def test_runs_that_diverged_lose_and_are_named() -> None:
@@ -126,7 +125,8 @@ def test_those_with_enough_runs_are_ranked_and_the_others_named() -> None:
     assert [one.outcome for one in found if "d" in (one.first, one.second)] == ["too few"] * 3
     assert leaders(found) == {"tiny": ["a"]}
     assert headlines(found) == [
-        "On tiny, a scores higher than every other on held_out. Not ranked, for it takes 5 pairs of runs: d."
+        "On tiny, a scores higher than every other on held_out. Decided: a scores higher than b (by 0.050, 0.041 to "
+        "0.059); a scores higher than c (by 0.050, 0.040 to 0.059). Not ranked, for it takes 5 pairs of runs: d."
     ]
 
 
@@ -140,13 +140,22 @@ def test_of_two_that_lack_runs_with_each_other_neither_is_ranked_before_the_othe
 def test_the_leaders_are_those_that_none_is_better_than() -> None:
     found = judge(ended("a", CLEAR), ended("b", [value + 0.001 for value in CLEAR]), ended("c", BASE))
     assert leaders(found) == {"tiny": ["a", "b"]}
-    assert headlines(found) == ["On tiny, a and b differ by less than 0.02 on held_out, and none scores higher."]
+    assert headlines(found) == [
+        "On tiny, a and b differ by less than 0.02 on held_out, and no other scores higher. Decided: a scores higher "
+        "than c (by 0.050, 0.041 to 0.059); b scores higher than c (by 0.051, 0.042 to 0.060)."
+    ]
+    (pair,) = headlines(judge(ended("a", BASE), ended("b", CLEAR)))
+    assert pair == "On tiny, on held_out: b scores higher than a (by 0.050, 0.041 to 0.059)."
+    many = [ended(name, [value - 0.05 * place for value in CLEAR]) for place, name in enumerate("abcde")]
+    assert headlines(judge(*many))[0].endswith("every other on held_out. 10 of 10 pairs are decided (see the table).")
     alone = judge(ended("a", CLEAR), ended("b", BASE), ended("c", NEAR))
-    assert headlines(alone) == ["On tiny, a scores higher than every other on held_out."]
+    assert headlines(alone)[0].startswith("On tiny, a scores higher than every other on held_out. Decided: a")
     unclear = judge(ended("a", UNCLEAR), ended("b", BASE))
     assert headlines(unclear) == ["On tiny, which of a and b scores highest on held_out is undecided."]
     ahead_of_one = judge(ended("a", CLEAR), ended("b", above([0.14, -0.04, 0.10, 0.01, 0.02, -0.05])), ended("c", BASE))
-    assert headlines(ahead_of_one) == ["On tiny, which of a and b scores highest on held_out is undecided."]
+    assert headlines(ahead_of_one)[0].startswith(
+        "On tiny, which of a and b scores highest on held_out is undecided. Decided: a scores higher than c (by"
+    )
 
 
 def test_settings_are_judged_each_by_itself() -> None:
