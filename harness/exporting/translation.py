@@ -86,6 +86,14 @@ def micro_batch(run: RunConfig) -> int:
     return max(size for size in range(1, min(whole, run.model.micro_batch_sequences) + 1) if whole % size == 0)
 
 
+def yours(run: RunConfig) -> str:
+    """For the comments on top: what was chosen for the model and task that were trained here."""
+    return (
+        f"set for your model and task, here those of model={run.model.name} and task={run.task.name}: learning rate, "
+        "warm-up, lengths, batch sizes"
+    )
+
+
 def page(header: Collection[str], differs: Collection[str], settings: dict[str, Any]) -> str:
     """YAML with comments on top."""
     comments = [*header, *(f"differs: {text}" for text in differs)]

@@ -14,6 +14,7 @@ from harness.exporting.translation import (
     refuse_steps,
     renamed,
     translate,
+    yours,
 )
 from harness.policy.architecture import is_moe
 
@@ -78,6 +79,7 @@ def export(run: RunConfig) -> str:
         + ("" if _own_trainer(run) else ", or: trl grpo --config FILE"),
         "add: model, data, reward functions, output_dir, the length of the training",
         "for one device: on N divide gradient_accumulation_steps or per_device_train_batch_size by N",
+        yours(run),
     ]
     return page(header, differs, settings)
 

@@ -12,6 +12,7 @@ from harness.exporting.translation import (
     refuse_steps,
     renamed,
     translate,
+    yours,
 )
 from harness.exporting.verl_objective import ACTOR, ROLLOUT, aggregation, entropy, kl, loss, mismatch, selection
 from harness.policy.architecture import architecture
@@ -31,6 +32,7 @@ def export(run: RunConfig) -> str:
         "python -m verl.trainer.main_ppo --config-dir DIR --config-name FILE_WITHOUT_YAML, and further overrides",
         "add: data files, reward function, devices, the length of the training"
         + ("" if run.model.path else ", actor_rollout_ref.model.path"),
+        yours(run),
     ]
     return page(header, differs, defaults | _nested(settings))
 
