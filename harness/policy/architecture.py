@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from harness.config import ModelConfig, conf_dir
 from harness.errors import ConfigError
@@ -50,8 +50,7 @@ def check_architecture(model: ModelConfig) -> None:
 @lru_cache(maxsize=1)
 def _ours() -> list[tuple[dict[str, Any], str | None]]:
     """Of the entries in conf/model."""
-    files = (conf_dir() / "model").glob("*.yaml")
-    entries: list[Any] = [OmegaConf.to_container(OmegaConf.load(file)) for file in files]
+    entries = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in (conf_dir() / "model").glob("*.yaml")]
     return [(entry["architecture"], entry.get("experts_implementation")) for entry in entries]
 
 

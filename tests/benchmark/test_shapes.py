@@ -41,7 +41,9 @@ def test_update_flops_by_hand():
     measured = OurPhases(random_model(DENSE, "cpu"), DENSE, "cpu")()
     fed = 3 + 4 - 1  # the last token is not fed back
     forward = 2 * DENSE_WEIGHTS * fed + 2 * (2 * 2 * 2 * 4) * fed**2 + 2 * 8 * 32 * 4
-    assert measured["update FLOPs"] == 3 * 8 * forward
+    # Some micro-batches of two hold two completions of a prompt, which they read once.
+    assert 0.5 < measured["distinct tokens"] < 1
+    assert measured["update FLOPs"] == pytest.approx(3 * 8 * forward * measured["distinct tokens"])
 
 
 def test_decode_bytes_by_hand():
