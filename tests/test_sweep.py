@@ -403,6 +403,14 @@ def test_a_trial_that_fails_is_the_worst_and_the_comparison_goes_on(workplace):
 
 
 @pytest.mark.slow
+def test_where_every_trial_fails_the_command_has_failed(workplace):
+    tuning = ["tuning.trials=1", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
+    ended = _run("-m", "experiment=tuned", "algorithm=two_epochs", *tuning, "task.max_prompt_tokens=2")
+    assert ended.returncode == 1, ended.stderr
+    assert "Not complete (1 cells: 1 skipped)" in ended.stdout and _runs("tuned")["two_epochs"]["status"] == "skipped"
+
+
+@pytest.mark.slow
 def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
     assert _run("algorithm=two_epochs").returncode == 0
     (run_dir,) = Path("results/runs").iterdir()

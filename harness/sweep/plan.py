@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
-from harness.errors import ConfigError, Declined
+from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
@@ -39,10 +39,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the plan; `declined` says why its algorithm cannot apply to it."""
+    """A cell of the plan.
+
+    Attributes:
+        declined: why its algorithm cannot apply to it, or has no settings.
+        trials_failed: whether the latter is for trials that failed, so that the same command may mend it.
+    """
 
     config: RunConfig
     declined: str | None
+    trials_failed: bool = False
 
 
 def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
@@ -159,7 +165,7 @@ def _cell(job: Job, rehearsal: bool) -> Cell:
             try:
                 run = tuned(run)
             except Declined as error:
-                return Cell(run, declined or str(error))
+                return Cell(run, declined or str(error), isinstance(error, NothingToChoose))
             declined = _declined(run)
         return Cell(run, declined)
 
