@@ -145,6 +145,7 @@ def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
         (["budget.limits.flops=1.0,2.0", "sweep=s"], r"budget.limits.flops \(1.0, here 2.0\)"),
         (["seed=0,1", "sweep=a,b"], "results/a and results/b"),
         (["hydra.sweeper._target_=optuna.Sweeper"], "basic sweeper"),
+        (["algorithm=glob(xx*)"], r"algorithm=glob\(xx\*\): this matches nothing"),
     ],
 )
 def test_a_plan_that_cannot_be_compared_or_composed_is_refused(overrides, message):
@@ -466,6 +467,17 @@ def test_an_entry_that_ours_would_be_taken_for_stops_the_command(workplace, mult
     refused = _run(*multirun, "algorithm=two_epochs")
     assert refused.returncode == 2 and "algorithm/grpo.yaml has the name of an entry of ours" in refused.stderr
     assert not Path("results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m", "sweep=s"]])
+def test_a_cache_that_cannot_be_kept_stops_the_command(workplace, monkeypatch, multirun):
+    monkeypatch.setenv("LEVELFIELD_CACHE", "/dev/null/cache")
+    refused = _run(*multirun, "algorithm=two_epochs")
+    assert (
+        refused.returncode == 2 and "LEVELFIELD_CACHE: cold starts cannot be kept in /dev/null/cache" in refused.stderr
+    )
+    assert not Path("results").exists() or not list(Path("results").glob("*/*/"))
 
 
 @pytest.mark.parametrize("given", [None, ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"), ("MALLOC_TOP_PAD_", "65536")])

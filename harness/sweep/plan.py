@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -59,7 +60,7 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
         loader: what Hydra composes jobs with; it knows `--config-dir`.
 
     Raises:
-        ConfigError: for the first that cannot be composed.
+        ConfigError: for the first that cannot be composed, or where there is none.
     """
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
@@ -67,6 +68,9 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
     arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + list(config.hydra.overrides.task)
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        for override in overrides:
+            if override.is_sweep_override() and not list(override.sweep_string_iterator()):
+                raise ConfigError(f"{override.input_line}: this matches nothing, so that there is no cell to run")
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
         return [_compose(config, loader, list(job)) for job in jobs]
     except HydraException as error:
@@ -88,6 +92,23 @@ def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
     cells = [_cell(job, rehearsal) for job in jobs]
     _check_comparable([cell.config for cell in cells])
     return cells
+
+
+def check_cache(configs: Sequence[RunConfig]) -> None:
+    """
+    Raises:
+        ConfigError: where a model is to be cold-started and the result could not be kept.
+    """
+    from harness.policy.cold_start import cache_dir  # brings torch, which takes seconds
+
+    if any(config.model.cold_start for config in configs):
+        try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=cache_dir()).close()
+        except OSError as error:
+            raise ConfigError(
+                f"LEVELFIELD_CACHE: cold starts cannot be kept in {cache_dir()} ({error}); set it to another folder"
+            ) from error
 
 
 def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool = False) -> None:

@@ -18,7 +18,7 @@ from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import make_console, read_cell, summary, table
-from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
+from harness.sweep.plan import Cell, check_cache, check_folder, compose_jobs, expand, freeze
 from harness.sweep.progress import Progress
 from harness.sweep.tuning import run_trials, wants_trials
 
@@ -40,6 +40,7 @@ def start(config: DictConfig) -> None:
     try:
         check_sources(config.hydra)
         jobs = compose_jobs(config, GlobalHydra.instance().config_loader())
+        check_cache([job.config for job in jobs])
         if wants_trials(config):
             # All that needs no trials is checked before they cost anything.
             rehearsal = [cell.config for cell in expand(jobs, rehearsal=True)]

@@ -11,7 +11,7 @@ from harness.config import check_sources, validate
 from harness.errors import ConfigError
 from harness.runs.reading import SWEEP
 from harness.status import make_console, read_cell, table
-from harness.sweep.plan import check_folder
+from harness.sweep.plan import check_cache, check_folder
 from harness.sweep.progress import Progress
 
 
@@ -25,6 +25,7 @@ def run_single(job: DictConfig) -> None:
     try:
         check_sources(HydraConfig.get())
         config = validate(job)
+        check_cache([config])
         folder = config.run_dir.parent
         # Loose runs may differ in anything; beside the cells of a sweep a run must be comparable with them.
         check_folder(folder if (folder / SWEEP).exists() else config.run_dir, [config])
