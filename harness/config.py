@@ -287,7 +287,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+
+    from harness.refusals import REFUSED, refusal  # it imports this module for the schema
 
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -298,8 +299,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return validate(hydra.compose("config", overrides=[*search, *overrides]))
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
+    except REFUSED as error:
+        raise refusal(error) from error
 
 
 def check_names(folder: str | os.PathLike[str]) -> None:

@@ -426,8 +426,9 @@ def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["algorithm=gpso"], "algorithm/gpso"),
-        (["sedd=1"], "sedd"),
+        (["algorithm=gpso"], "algorithm/gpso: no such entry; near it are gspo"),
+        (["-m", "algorithm.optimizer.lr=1"], "algorithm.optimizer.lr: no such key; there are learning_rate"),
+        (["sedd=1"], "sedd: no such key; near it are seed"),
         (["algorithm=grpo_routing_replay"], "nothing to replay"),
         (["budget.limits.updates=-1"], "budget.limits.updates"),
         (["-m", "seed=0,1", "budget.limits.updates=0"], "budget.limits.updates"),
@@ -435,8 +436,8 @@ def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
 )
 def test_bad_input_stops_before_anything_is_written(workplace, arguments, message):
     refused = subprocess.run([sys.executable, "-m", "harness.run", *arguments], capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2
+    assert message in refused.stderr and len(refused.stderr.splitlines()) <= 2  # the second says in which cell
     assert not Path("results").exists()
 
 
@@ -445,7 +446,7 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     ("arguments", "message"),
     [
         (["algorithm=grpo"], "sweep=runs is for single runs, which may differ in anything: give sweep=NAME"),
-        (["sweep=s", "algorithm=grpo,no_yaml"], "an entry is not YAML: "),
+        (["sweep=s", "algorithm=grpo,no_yaml"], "mine/algorithm/no_yaml.yaml, line 2: this is not YAML: "),
         (["sweep=s", "plugins=[no_python]"], "plugins: no_python: SyntaxError: "),
         (["experiment=tuned", "sweep=s", "tuning.trials=two"], "tuning.trials"),
         (["sweep=s", "results=/proc/nowhere"], "results=/proc/nowhere: "),
@@ -458,6 +459,14 @@ def test_what_stops_the_plan_of_a_sweep_launches_nothing(workplace, arguments, m
     refused = _run("-m", *arguments)
     assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
     assert not Path("results").exists() or not list(Path("results").glob("*/*/"))
+
+
+@pytest.mark.slow
+def test_an_entry_that_is_no_yaml_is_named_with_the_line(workplace):
+    Path("mine/algorithm/no_yaml.yaml").write_text("name: mine\nepochs: [1\nsource: x\n")
+    refused = _run("algorithm=no_yaml")
+    where = f"{workplace}/mine/algorithm/no_yaml.yaml, line 3: this is not YAML: "
+    assert refused.returncode == 2 and refused.stderr.startswith(where) and len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

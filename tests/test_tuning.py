@@ -83,7 +83,7 @@ def test_trials_that_hydra_refuses_stop_the_comparison_though_there_are_earlier_
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cell]
     command.append('tuning.overrides=["seed=1000","bugdet.axis=tokens"]')
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
-    assert ended.returncode == 1 and "bugdet" in ended.stderr
+    assert ended.returncode == 2 and "bugdet: no such key; near it are budget" in ended.stderr
     assert not list((tmp_path / "tuned").glob("gspo-*"))
 
 

@@ -14,13 +14,12 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined, NothingToChoose
+from harness.refusals import REFUSED, refusal
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
@@ -73,10 +72,8 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
                 raise ConfigError(f"{override.input_line}: this matches nothing, so that there is no cell to run")
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
         return [_compose(config, loader, list(job)) for job in jobs]
-    except HydraException as error:
-        raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
-    except YAMLError as error:
-        raise ConfigError(f"an entry is not YAML: {error}") from error
+    except REFUSED as error:
+        raise refusal(error) from error
 
 
 def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:

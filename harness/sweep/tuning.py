@@ -114,7 +114,7 @@ def run_trials(config: DictConfig) -> None:
         process.terminate()
         process.wait(_PATIENCE)
         raise
-    # Status 1 is of a trial that failed, but without a plan of that command's own, of Hydra that refused it.
+    # Status 1 is of a trial that failed, but without a plan of that command's own, of an error before there was one.
     failed = code == 1 and read_sweep(Path(config.results) / config.sweep / TRIALS).get("pid") == process.pid
     if code and not failed:
         raise SystemExit(code if code > 0 else 128 - code)
