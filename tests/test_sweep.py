@@ -430,6 +430,7 @@ def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
         (["-m", "algorithm.optimizer.lr=1"], "algorithm.optimizer.lr: no such key; there are learning_rate"),
         (["sedd=1"], "sedd: no such key; near it are seed"),
         (["algorithm=grpo_routing_replay"], "nothing to replay"),
+        (["experiment=step_rewards"], "of a sweep (seed=0,1,2 algorithm=ppo,grpo,gspo,gspo_token task=chain_sum,"),
         (["budget.limits.updates=-1"], "budget.limits.updates"),
         (["-m", "seed=0,1", "budget.limits.updates=0"], "budget.limits.updates"),
     ],

@@ -2,6 +2,7 @@
 
 import sys
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.text import Text
@@ -23,7 +24,7 @@ def run_single(job: DictConfig) -> None:
             the run failed or was interrupted.
     """
     try:
-        check_sources(HydraConfig.get())
+        _check_single(HydraConfig.get())
         config = validate(job)
         check_cache([config])
         folder = config.run_dir.parent
@@ -43,3 +44,10 @@ def run_single(job: DictConfig) -> None:
     console.print(Text(str(directory.path)), soft_wrap=True)
     if EXIT_CODES[status]:
         raise SystemExit(EXIT_CODES[status])
+
+
+def _check_single(hydra: HydraConf) -> None:
+    check_sources(hydra)
+    if cells := hydra.sweeper.params:  # of which one run would be a cell that nobody chose
+        named = " ".join(f"{key}={value}" for key, value in cells.items())
+        raise ConfigError(f"this preset is of a sweep ({named}): add -m, and narrow it where you want fewer cells")
