@@ -145,6 +145,17 @@ def test_without_a_terminal_a_cell_is_told_of_when_it_passes_a_quarter_of_its_bu
     assert output.getvalue() == ("gspo-s0: running, 30% of the budget, step 3, reward 0.500, clip fraction 1.25e-02\n")
 
 
+def test_a_run_whose_first_step_passed_the_budget_says_what_a_step_costs(tmp_path):
+    directory = _cell(tmp_path, "gspo-s0", status="done")
+    directory.append_metrics(_row(step=1, flops=250.0, seconds=1.0))
+    (cell,) = read_cells(tmp_path)
+    assert cell.reason is not None
+    assert cell.reason.startswith("its first step passed budget.limits.flops=100: a step costs 250, ")
+    assert "gspo-s0 done: its first step passed" in _status(tmp_path).stdout
+    directory.append_metrics(_row(step=2, flops=500.0, seconds=2.0))
+    assert read_cells(tmp_path)[0].reason is None
+
+
 def test_how_an_earlier_attempt_ended_is_no_news(tmp_path):
     failed = _cell(tmp_path, "ppo-s0", status="failed", reason="old", traceback="old")
     output = io.StringIO()
