@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -304,9 +305,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
 
 
 def check_names(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder of further entries where one has the name of ours, since Hydra would silently take ours.
+    """Refuse a folder of further entries where one is taken for one of ours.
 
-    Not so with claims, which Hydra does not read: there theirs replaces ours.
+    Hydra would silently take ours for a file of the same name, but for claims, which it does not read: there theirs
+    replaces ours. Runs are named by the `name` of algorithm, model and task.
 
     Raises:
         ConfigError: naming the first such entry.
@@ -320,6 +322,16 @@ def check_names(folder: str | os.PathLike[str]) -> None:
                 f"--config-dir {folder}: {name.as_posix()} has the name of an entry of ours, which would be taken "
                 "instead; give it another name"
             )
+    for group in ("algorithm", "model", "task"):
+        for file in sorted(Path(folder, group).glob("*.yaml")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            for called in re.findall(r"^name: *[\"']?([\w.-]+)", text, re.MULTILINE):
+                entry = ours / group / f"{called}.yaml"
+                if entry.exists() and not entry.samefile(file):
+                    raise ConfigError(
+                        f"--config-dir {folder}: {group}/{file.name} has the name: {called} of an entry of ours, so "
+                        "that their runs could not be told apart; give it another name"
+                    )
 
 
 def check_sources(hydra: "HydraConf") -> None:

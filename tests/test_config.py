@@ -146,6 +146,16 @@ def test_an_entry_of_the_users_own_with_the_name_of_ours_is_refused_but_a_claim_
     compose(["algorithm=grpo"], config_dir=conf_dir())  # ours are not in their own way
 
 
+def test_entries_whose_runs_could_not_be_told_apart_are_refused(tmp_path):
+    (tmp_path / "algorithm").mkdir()
+    entry = tmp_path / "algorithm" / "mine.yaml"
+    entry.write_text("defaults:\n  - grpo\n  - _self_\nname: 'grpo' # as ours\n")
+    with pytest.raises(ConfigError, match=r"algorithm/mine\.yaml has the name: grpo of an entry of ours"):
+        compose(["algorithm=mine"], config_dir=tmp_path)
+    entry.write_text("defaults:\n  - grpo\n  - _self_\nname: mine\n")
+    compose(["algorithm=mine"], config_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
