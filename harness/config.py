@@ -431,8 +431,9 @@ def _check_keys(values: "DictConfig", schema: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: no such key; the keys here are {', '.join(types)}")
     for key, annotation in types.items():
         if key not in list(values):
+            base = "; base is no algorithm: glob(*,exclude=base)" if (prefix, key) == ("algorithm.", "name") else ""
             raise ConfigError(
-                f"{prefix}{key} is absent: add it to the YAML entry, or to its defaults an entry that has it"
+                f"{prefix}{key} is absent: add it to the YAML entry, or to its defaults an entry that has it{base}"
             )
         nested = next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
         child = values._get_node(key)
