@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +107,12 @@ def summary(cells: Sequence[CellState]) -> str:
     counts = Counter(cell.status for cell in cells)
     parts = [f"{counts[status]} {_SHOWN.get(status, status)}" for status in _ORDER if counts[status]]
     left = _left(cells)
-    return f"{len(cells)} cells: " + ", ".join(parts) + (f"; about {_duration(left)} left" if left else "")
+    return f"{number(cells)}: " + ", ".join(parts) + (f"; about {_duration(left)} left" if left else "")
+
+
+def number(cells: Sized) -> str:
+    """How many they are, in words."""
+    return "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
 
 
 def table(cells: Sequence[CellState]) -> Group:

@@ -54,6 +54,7 @@ def test_a_running_cell_tells_what_it_has_spent_and_how_long_it_will_take(tmp_pa
     assert (cell.status, cell.step, cell.reward, cell.clip_fraction) == ("running", 5, 0.25, 0.0125)
     assert cell.spent == 0.25
     assert cell.seconds_left == 30.0
+    assert summary([cell]) == "1 cell: 1 running; about 0:00:30 left"
 
 
 def test_cells_to_do_count_in_the_time_left(tmp_path):

@@ -408,7 +408,7 @@ def test_where_every_trial_fails_the_command_has_failed(workplace):
     tuning = ["tuning.trials=1", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
     ended = _run("-m", "experiment=tuned", "algorithm=two_epochs", *tuning, "task.max_prompt_tokens=2")
     assert ended.returncode == 1, ended.stderr
-    assert "Not complete (1 cells: 1 skipped)" in ended.stdout and _runs("tuned")["two_epochs"]["status"] == "skipped"
+    assert "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned")["two_epochs"]["status"] == "skipped"
 
 
 @pytest.mark.slow
@@ -418,7 +418,7 @@ def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != ".lock"}
     assert {"config.yaml", "run.json", "metrics.jsonl", "evaluations.jsonl"} <= before.keys()
     again = _run("algorithm=two_epochs")
-    assert again.returncode == 0 and "1 cells: 1 done" in again.stdout
+    assert again.returncode == 0 and "1 cell: 1 done" in again.stdout
     assert {name: (run_dir / name).read_bytes() for name in before} == before
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
-from harness.status import make_console, read_cell, summary, table
+from harness.status import make_console, number, read_cell, summary, table
 from harness.sweep.plan import Cell, check_cache, check_folder, compose_jobs, expand, freeze
 from harness.sweep.progress import Progress
 from harness.sweep.tuning import run_trials, wants_trials
@@ -107,7 +107,7 @@ def _print_plan(console: Console, folder: Path, cells: Sequence[Cell]) -> None:
         rows.add_row(cell.config.label, Text(f"{what}: {cell.declined}" if cell.declined else what))
     console.print(rows)
     listing = ", ".join(f"{count} {what}" for what, count in counts.items())
-    console.print(Text(f"{len(cells)} cells in {folder}: {listing}"), soft_wrap=True)
+    console.print(Text(f"{number(cells)} in {folder}: {listing}"), soft_wrap=True)
 
 
 def _record_interrupted(directories: Sequence[RunDirectory], patience: float) -> None:
