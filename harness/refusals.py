@@ -7,13 +7,13 @@ from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from harness.config import RunConfig
 from harness.errors import ConfigError
 
-REFUSED = (HydraException, YAMLError)  # what composing a configuration raises of its own
+REFUSED = (HydraException, OmegaConfBaseException, YAMLError)  # what composing a configuration raises of its own
 
 
 def refusal(error: Exception) -> ConfigError:

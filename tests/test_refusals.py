@@ -21,6 +21,7 @@ from harness.errors import ConfigError
         (["seed.low=1"], "seed.low: no such key; seed is null, or one value"),
         (["seed"], "seed: not KEY=VALUE as Hydra reads it: "),
         (["claims=reward"], "Could not override 'claims'. No match in the defaults list."),
+        (["seed=${gone}"], "Interpolation key 'gone' not found"),
         (["+seed=3"], "Could not append to config. An item is already at 'seed'. Either remove + prefix: 'seed=3'"),
     ],
 )

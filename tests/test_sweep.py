@@ -145,6 +145,7 @@ def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
         (["budget.limits.flops=1.0,2.0", "sweep=s"], r"budget.limits.flops \(1.0, here 2.0\)"),
         (["seed=0,1", "sweep=a,b"], "results/a and results/b"),
         (["hydra.sweeper._target_=optuna.Sweeper"], "basic sweeper"),
+        (["seed=${gone}"], "Interpolation key 'gone' not found"),
         (["algorithm=glob(xx*)"], r"algorithm=glob\(xx\*\): this matches nothing"),
     ],
 )

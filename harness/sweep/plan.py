@@ -64,8 +64,9 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError(f"hydra/sweeper: {sweeper._target_} decides its cells as it goes; use the basic sweeper")
-    arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + list(config.hydra.overrides.task)
     try:
+        presets = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+        arguments = presets + list(config.hydra.overrides.task)
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         for override in overrides:
             if override.is_sweep_override() and not list(override.sweep_string_iterator()):
