@@ -94,7 +94,9 @@ def run_cell(directory: RunDirectory) -> str:
         except KeyboardInterrupt:
             status, reason, trace = "interrupted", "stopped from outside", None
         except (Exception, SystemExit) as error:
-            status, reason, trace = "failed", _reason(error), traceback.format_exc()
+            # Of a ConfigError the message says it all; a traceback would only hide it.
+            trace = None if isinstance(error, ConfigError) else traceback.format_exc()
+            status, reason = "failed", _reason(error)
         with suppress(OSError):  # a full disk: the last run.json stays, and this process will be seen to be gone
             directory.update_status(status=status, reason=reason, traceback=trace, finished=_now())
         if status == "done":
@@ -173,7 +175,8 @@ def run_alone(path: Path, log: Path, environment: Mapping[str, str], cores: Sequ
     except RunInUse as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    print(directory.read_status().get("traceback") or status, file=sys.stderr)
+    run = directory.read_status()
+    print(run.get("traceback") or run.get("reason") or status, file=sys.stderr)
     sys.exit(EXIT_CODES[status])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -287,7 +288,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+
+    from harness.refusals import REFUSED, refusal  # it imports this module for the schema
 
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -298,14 +300,15 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return validate(hydra.compose("config", overrides=[*search, *overrides]))
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
+    except REFUSED as error:
+        raise refusal(error) from error
 
 
 def check_names(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder of further entries where one has the name of ours, since Hydra would silently take ours.
+    """Refuse a folder of further entries where one is taken for one of ours.
 
-    Not so with claims, which Hydra does not read: there theirs replaces ours.
+    Hydra would silently take ours for a file of the same name, but for claims, which it does not read: there theirs
+    replaces ours. Runs are named by the `name` of algorithm, model and task.
 
     Raises:
         ConfigError: naming the first such entry.
@@ -319,6 +322,16 @@ def check_names(folder: str | os.PathLike[str]) -> None:
                 f"--config-dir {folder}: {name.as_posix()} has the name of an entry of ours, which would be taken "
                 "instead; give it another name"
             )
+    for group in ("algorithm", "model", "task"):
+        for file in sorted(Path(folder, group).glob("*.yaml")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            for called in re.findall(r"^name: *[\"']?([\w.-]+)", text, re.MULTILINE):
+                entry = ours / group / f"{called}.yaml"
+                if entry.exists() and not entry.samefile(file):
+                    raise ConfigError(
+                        f"--config-dir {folder}: {group}/{file.name} has the name: {called} of an entry of ours, so "
+                        "that their runs could not be told apart; give it another name"
+                    )
 
 
 def check_sources(hydra: "HydraConf") -> None:
@@ -418,8 +431,9 @@ def _check_keys(values: "DictConfig", schema: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: no such key; the keys here are {', '.join(types)}")
     for key, annotation in types.items():
         if key not in list(values):
+            base = "; base is no algorithm: glob(*,exclude=base)" if (prefix, key) == ("algorithm.", "name") else ""
             raise ConfigError(
-                f"{prefix}{key} is absent: add it to the YAML entry, or to its defaults an entry that has it"
+                f"{prefix}{key} is absent: add it to the YAML entry, or to its defaults an entry that has it{base}"
             )
         nested = next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
         child = values._get_node(key)

@@ -12,6 +12,10 @@ class Declined(ConfigError):
     """
 
 
+class NothingToChoose(Declined):
+    """Trials failed, and none is left to choose settings from: the cell is skipped, and that is no success."""
+
+
 class Diverged(ArithmeticError):
     """A loss or gradient that is not finite. It ends the run, and it is a result.
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from harness.analysis.joining import join
 from harness.analysis.page import Report, counted, write_report
-from harness.analysis.sweep import read_sweep
+from harness.analysis.sweep import Sweep, read_sweep
 from harness.analysis.table import Table
 from harness.analysis.view import viewed
 from harness.errors import ConfigError
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = _paths(options)
         sweep = join([read_sweep(path) for path in paths])
         shown = viewed(sweep, options.metric, options.axis, options.baseline, options.filter, options.claims)
-        report = write_report(shown, options.out or paths[0] / "report")
+        report = _write(shown, options.out or paths[0] / "report")
     except (ConfigError, OSError) as error:
         print(f"levelfield: {error}", file=sys.stderr)
         return 2
@@ -81,6 +81,13 @@ def _paths(options: argparse.Namespace) -> list[Path]:
     if len(paths) > 1 and not options.out:
         raise ConfigError("--out: several sweeps have no common folder; say where the report goes")
     return [compact(paths[0], options.compact)] if options.compact else paths
+
+
+def _write(sweep: Sweep, folder: Path) -> Report:
+    try:
+        return write_report(sweep, folder)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: the report cannot be written there ({error})") from error
 
 
 def _announce(report: Report) -> None:

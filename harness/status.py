@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,10 @@ _TAIL = 16_384  # bytes, more than one line of metrics.jsonl
 
 @dataclass(frozen=True)
 class CellState:
-    """A cell as its run directory shows it. Fractions are of 1, seconds are charged ones; None where not known."""
+    """A cell as its run directory shows it. Fractions are of 1, seconds are charged ones; None where not known.
+
+    `reason` says why it did not train to its end, or why that is worth nothing.
+    """
 
     name: str
     label: str
@@ -60,16 +63,23 @@ def _cell_state(path: Path, row: Mapping[str, Any]) -> CellState:
     budget = run.get("budget", {})
     axis, limit = budget.get("axis"), budget.get("limit")
     totals = {key.removeprefix("budget/"): value for key, value in row.items()} or budget.get("spent", {})
+    spent = totals[axis] / limit if axis in totals and limit else None
+    reason = run.get("reason")
+    if reason is None and row.get("step") == 1 and spent is not None and spent > 1:
+        reason = (
+            f"its first step passed budget.limits.{axis}={limit:g}: a step costs {totals[axis]:.3g}, and what is "
+            "scored is the policy before it; raise the limit of all runs"
+        )
     return CellState(
         name=path.name,
         label=run.get("label", path.name),
         status=effective_status(run),
-        reason=run.get("reason"),
+        reason=reason,
         traceback=run.get("traceback"),
         step=row.get("step"),
         reward=row.get("reward/mean"),
         clip_fraction=row.get("clip_fraction/token"),
-        spent=totals[axis] / limit if axis in totals and limit else None,
+        spent=spent,
         seconds=totals.get("device_seconds"),
     )
 
@@ -97,7 +107,12 @@ def summary(cells: Sequence[CellState]) -> str:
     counts = Counter(cell.status for cell in cells)
     parts = [f"{counts[status]} {_SHOWN.get(status, status)}" for status in _ORDER if counts[status]]
     left = _left(cells)
-    return f"{len(cells)} cells: " + ", ".join(parts) + (f"; about {_duration(left)} left" if left else "")
+    return f"{number(cells)}: " + ", ".join(parts) + (f"; about {_duration(left)} left" if left else "")
+
+
+def number(cells: Sized) -> str:
+    """How many they are, in words."""
+    return "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
 
 
 def table(cells: Sequence[CellState]) -> Group:

@@ -25,6 +25,12 @@ def test_a_run_that_was_planned_with_other_code_fails_and_says_so(tmp_path, cold
     assert re.search(expected, _failed(directory))
 
 
+def test_of_a_configuration_that_cannot_run_the_message_is_told_alone(tmp_path, cold_starts):
+    directory = planned(tmp_path, "task.max_prompt_tokens=2")
+    assert _failed(directory).startswith("task.max_prompt_tokens=2: a prompt has ")
+    assert directory.read_status()["traceback"] is None
+
+
 @pytest.mark.parametrize("edited", ["rows.jsonl", "my_part.py"])
 def test_a_run_whose_data_or_plugin_was_edited_since_its_plan_fails_and_says_so(
     tmp_path, cold_starts, monkeypatch, edited

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from harness.errors import ConfigError
             ["+algorithm.surrogate.clip_hihg=0.3"],
             r"algorithm\.surrogate\.clip_hihg: 'clip' has no such setting.*clip_high",
         ),
+        (["algorithm=base"], r"algorithm\.name is absent: .*; base is no algorithm: glob\(\*,exclude=base\)"),
         (["evaluation.tasks=chain_sum_held_out"], r"expected a list: give evaluation\.tasks=\[…\]"),
         (["~algorithm.surrogate.clip_high"], r"algorithm\.surrogate\.clip_high is absent"),
         (
@@ -144,6 +146,24 @@ def test_an_entry_of_the_users_own_with_the_name_of_ours_is_refused_but_a_claim_
     (tmp_path / "algorithm" / "grpo.yaml").unlink()
     compose(["algorithm=grpo"], config_dir=tmp_path)
     compose(["algorithm=grpo"], config_dir=conf_dir())  # ours are not in their own way
+
+
+def test_a_setting_that_another_part_has_none_of_is_taken_out_as_the_error_says():
+    chosen = ["algorithm=gspo", "algorithm.advantage.name=optimal_baseline"]
+    with pytest.raises(ConfigError) as raised:
+        compose(chosen)
+    remedy = re.findall("'(~[^']+)'", str(raised.value))
+    assert compose([*chosen, *remedy]).algorithm.advantage == {"name": "optimal_baseline"}
+
+
+def test_entries_whose_runs_could_not_be_told_apart_are_refused(tmp_path):
+    (tmp_path / "algorithm").mkdir()
+    entry = tmp_path / "algorithm" / "mine.yaml"
+    entry.write_text("defaults:\n  - grpo\n  - _self_\nname: 'grpo' # as ours\n")
+    with pytest.raises(ConfigError, match=r"algorithm/mine\.yaml has the name: grpo of an entry of ours"):
+        compose(["algorithm=mine"], config_dir=tmp_path)
+    entry.write_text("defaults:\n  - grpo\n  - _self_\nname: mine\n")
+    compose(["algorithm=mine"], config_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

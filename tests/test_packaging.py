@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -142,6 +143,16 @@ def test_no_file_mentions_a_path_of_one_machine():
     files += [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     mentions = [path for path in files if "__pycache__" not in path.parts and personal.search(path.read_bytes())]
     assert mentions == []
+
+
+@pytest.mark.parametrize("name", ["benchmark", "compare", "test"])
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_a_script_prints_its_usage_before_it_sets_up_anything(tmp_path, name, asked):
+    scripts = shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shown = subprocess.run([scripts / name, "first", asked], capture_output=True, text=True, cwd=scripts)
+    assert shown.returncode == 0 and shown.stdout.startswith("Sets up what is missing, ") and shown.stderr == ""
+    assert f"\n  scripts/{name} " in shown.stdout and "set -euo" not in shown.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
 def test_the_map_names_what_exists():

@@ -255,6 +255,7 @@ def test_several_sweeps_are_reported_on_as_one(tmp_path: Path) -> None:
         (["--filter", "seed=7"], "filter seed=7: no cell is left; seed is one of 0"),
         (["--filter", "sead=0"], "filter sead: give KEY=VALUE"),
         (["--claims", "{sweep}/nowhere"], "nowhere"),
+        (["--out", "/dev/null/report"], "--out /dev/null/report: the report cannot be written there"),
         (["{other}"], "--out: several sweeps have no common folder"),
         (["{other}", "--compact", "kept"], "--compact: the compact form is of one sweep"),
         (["{other}", "--out", "{sweep}/report"], "cannot be joined, since they differ in rollout settings"),

@@ -54,6 +54,7 @@ def test_a_running_cell_tells_what_it_has_spent_and_how_long_it_will_take(tmp_pa
     assert (cell.status, cell.step, cell.reward, cell.clip_fraction) == ("running", 5, 0.25, 0.0125)
     assert cell.spent == 0.25
     assert cell.seconds_left == 30.0
+    assert summary([cell]) == "1 cell: 1 running; about 0:00:30 left"
 
 
 def test_cells_to_do_count_in_the_time_left(tmp_path):
@@ -143,6 +144,17 @@ def test_without_a_terminal_a_cell_is_told_of_when_it_passes_a_quarter_of_its_bu
     with Progress([directory.path], Console(file=output, width=200)):
         directory.append_metrics(_row(step=3, flops=30.0, seconds=3.0, reward=0.5))
     assert output.getvalue() == ("gspo-s0: running, 30% of the budget, step 3, reward 0.500, clip fraction 1.25e-02\n")
+
+
+def test_a_run_whose_first_step_passed_the_budget_says_what_a_step_costs(tmp_path):
+    directory = _cell(tmp_path, "gspo-s0", status="done")
+    directory.append_metrics(_row(step=1, flops=250.0, seconds=1.0))
+    (cell,) = read_cells(tmp_path)
+    assert cell.reason is not None
+    assert cell.reason.startswith("its first step passed budget.limits.flops=100: a step costs 250, ")
+    assert "gspo-s0 done: its first step passed" in _status(tmp_path).stdout
+    directory.append_metrics(_row(step=2, flops=500.0, seconds=2.0))
+    assert read_cells(tmp_path)[0].reason is None
 
 
 def test_how_an_earlier_attempt_ended_is_no_news(tmp_path):

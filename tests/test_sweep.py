@@ -145,6 +145,8 @@ def test_an_algorithm_declines_the_cells_it_cannot_apply_to():
         (["budget.limits.flops=1.0,2.0", "sweep=s"], r"budget.limits.flops \(1.0, here 2.0\)"),
         (["seed=0,1", "sweep=a,b"], "results/a and results/b"),
         (["hydra.sweeper._target_=optuna.Sweeper"], "basic sweeper"),
+        (["seed=${gone}"], "Interpolation key 'gone' not found"),
+        (["algorithm=glob(xx*)"], r"algorithm=glob\(xx\*\): this matches nothing"),
     ],
 )
 def test_a_plan_that_cannot_be_compared_or_composed_is_refused(overrides, message):
@@ -403,13 +405,21 @@ def test_a_trial_that_fails_is_the_worst_and_the_comparison_goes_on(workplace):
 
 
 @pytest.mark.slow
+def test_where_every_trial_fails_the_command_has_failed(workplace):
+    tuning = ["tuning.trials=1", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
+    ended = _run("-m", "experiment=tuned", "algorithm=two_epochs", *tuning, "task.max_prompt_tokens=2")
+    assert ended.returncode == 1, ended.stderr
+    assert "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned")["two_epochs"]["status"] == "skipped"
+
+
+@pytest.mark.slow
 def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
     assert _run("algorithm=two_epochs").returncode == 0
     (run_dir,) = Path("results/runs").iterdir()
     before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != ".lock"}
     assert {"config.yaml", "run.json", "metrics.jsonl", "evaluations.jsonl"} <= before.keys()
     again = _run("algorithm=two_epochs")
-    assert again.returncode == 0 and "1 cells: 1 done" in again.stdout
+    assert again.returncode == 0 and "1 cell: 1 done" in again.stdout
     assert {name: (run_dir / name).read_bytes() for name in before} == before
 
 
@@ -417,17 +427,19 @@ def test_a_single_run_that_is_done_is_left_as_it_is(workplace):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["algorithm=gpso"], "algorithm/gpso"),
-        (["sedd=1"], "sedd"),
+        (["algorithm=gpso"], "algorithm/gpso: no such entry; near it are gspo"),
+        (["-m", "algorithm.optimizer.lr=1"], "algorithm.optimizer.lr: no such key; there are learning_rate"),
+        (["sedd=1"], "sedd: no such key; near it are seed"),
         (["algorithm=grpo_routing_replay"], "nothing to replay"),
+        (["experiment=step_rewards"], "of a sweep (seed=0,1,2 algorithm=ppo,grpo,gspo,gspo_token task=chain_sum,"),
         (["budget.limits.updates=-1"], "budget.limits.updates"),
         (["-m", "seed=0,1", "budget.limits.updates=0"], "budget.limits.updates"),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(workplace, arguments, message):
     refused = subprocess.run([sys.executable, "-m", "harness.run", *arguments], capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2
+    assert message in refused.stderr and len(refused.stderr.splitlines()) <= 2  # the second says in which cell
     assert not Path("results").exists()
 
 
@@ -436,7 +448,7 @@ def test_bad_input_stops_before_anything_is_written(workplace, arguments, messag
     ("arguments", "message"),
     [
         (["algorithm=grpo"], "sweep=runs is for single runs, which may differ in anything: give sweep=NAME"),
-        (["sweep=s", "algorithm=grpo,no_yaml"], "an entry is not YAML: "),
+        (["sweep=s", "algorithm=grpo,no_yaml"], "mine/algorithm/no_yaml.yaml, line 2: this is not YAML: "),
         (["sweep=s", "plugins=[no_python]"], "plugins: no_python: SyntaxError: "),
         (["experiment=tuned", "sweep=s", "tuning.trials=two"], "tuning.trials"),
         (["sweep=s", "results=/proc/nowhere"], "results=/proc/nowhere: "),
@@ -452,12 +464,31 @@ def test_what_stops_the_plan_of_a_sweep_launches_nothing(workplace, arguments, m
 
 
 @pytest.mark.slow
+def test_an_entry_that_is_no_yaml_is_named_with_the_line(workplace):
+    Path("mine/algorithm/no_yaml.yaml").write_text("name: mine\nepochs: [1\nsource: x\n")
+    refused = _run("algorithm=no_yaml")
+    where = f"{workplace}/mine/algorithm/no_yaml.yaml, line 3: this is not YAML: "
+    assert refused.returncode == 2 and refused.stderr.startswith(where) and len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("multirun", [[], ["-m"]])
 def test_an_entry_that_ours_would_be_taken_for_stops_the_command(workplace, multirun):
     Path("mine/algorithm/grpo.yaml").write_text("name: mine\n")
     refused = _run(*multirun, "algorithm=two_epochs")
     assert refused.returncode == 2 and "algorithm/grpo.yaml has the name of an entry of ours" in refused.stderr
     assert not Path("results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("multirun", [[], ["-m", "sweep=s"]])
+def test_a_cache_that_cannot_be_kept_stops_the_command(workplace, monkeypatch, multirun):
+    monkeypatch.setenv("LEVELFIELD_CACHE", "/dev/null/cache")
+    refused = _run(*multirun, "algorithm=two_epochs")
+    assert (
+        refused.returncode == 2 and "LEVELFIELD_CACHE: cold starts cannot be kept in /dev/null/cache" in refused.stderr
+    )
+    assert not Path("results").exists() or not list(Path("results").glob("*/*/"))
 
 
 @pytest.mark.parametrize("given", [None, ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"), ("MALLOC_TOP_PAD_", "65536")])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.config import compose
-from harness.errors import ConfigError, Declined
+from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.runs.directory import RunDirectory
 from harness.runs.trials import best_trials, trial_scores
 from harness.sweep.tuning import draw
@@ -83,7 +83,7 @@ def test_trials_that_hydra_refuses_stop_the_comparison_though_there_are_earlier_
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cell]
     command.append('tuning.overrides=["seed=1000","bugdet.axis=tokens"]')
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
-    assert ended.returncode == 1 and "bugdet" in ended.stderr
+    assert ended.returncode == 2 and "bugdet: no such key; near it are budget" in ended.stderr
     assert not list((tmp_path / "tuned").glob("gspo-*"))
 
 
@@ -147,6 +147,15 @@ def test_the_comparison_does_not_start_without_a_best_trial(tmp_path, scores, ov
     _trials(tmp_path / "tuned" / "trials", scores)
     with pytest.raises(error, match=message):
         _compose(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(("status", "error"), [("failed", NothingToChoose), ("diverged", Declined)])
+def test_that_no_trial_is_left_is_a_failure_where_one_of_them_failed(tmp_path, status, error):
+    folder = _trials(tmp_path / "tuned" / "trials", [-np.inf] * 5)
+    RunDirectory(next(folder.glob("gspo-*"))).update_status(status=status)
+    with pytest.raises(Declined, match="every trial of gspo") as raised:
+        _compose(tmp_path)
+    assert raised.type is error
 
 
 def test_a_trial_that_ended_with_its_first_step_is_named(tmp_path):

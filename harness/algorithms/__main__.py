@@ -1,5 +1,6 @@
 """Print docs/ALGORITHMS.md, what each entry of conf/algorithm is made of: ``python -m harness.algorithms``."""
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -87,4 +88,5 @@ COLUMNS: dict[str, Callable[[AlgorithmConfig], str]] = {
 }
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m harness.algorithms", description=__doc__).parse_args()
     print(document([entry(name) for name in entries()]))

@@ -84,12 +84,14 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
     expected = {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
     listing = ", ".join(expected) or "no settings"
+    if strange := [setting for setting in config if setting not in ("name", *expected)]:
+        without = " ".join(f"'~{key}.{setting}'" for setting in strange)
+        raise ConfigError(
+            f"{key}.{strange[0]}: '{name}' has no such setting; it takes {listing}. Those that an entry gives "
+            f"to another part are taken out with {without}"
+        )
     for setting, value in config.items():
-        if setting == "name":
-            continue
-        if setting not in expected:
-            raise ConfigError(f"{key}.{setting}: '{name}' has no such setting; it takes {listing}")
-        if not fits(value, expected[setting]):
+        if setting != "name" and not fits(value, expected[setting]):
             raise ConfigError(f"{key}.{setting}={value!r}: expected {says(expected[setting])}")
     for setting in expected:
         if setting not in config:

@@ -33,6 +33,9 @@ def trial_runs(sweep: Sweep) -> pd.DataFrame:
     runs = pd.concat([_with_choice(trial_scores(folder)) for folder in folders], ignore_index=True)
     settings = sweep.cells[["model", "task", "setting"]].drop_duplicates()
     runs = runs.merge(settings, on=["model", "task"])
+    spent = f"spent/{sweep.axis}"
+    if spent not in runs:  # none of them came to a step
+        runs[spent] = 0.0
     here = runs["algorithm"].isin(sweep.cells["algorithm"])
     return runs[here & (runs["status"] != "skipped")].reset_index(drop=True)
 
@@ -192,7 +195,8 @@ def _folders(sweep: Sweep) -> list[Path]:
 
 def _with_choice(runs: pd.DataFrame) -> pd.DataFrame:
     keys = ["algorithm", "model", "task", "trial"]
-    chosen = runs.merge(best_trials(runs)[keys].assign(chosen=True), how="left", on=keys)["chosen"]
+    best = best_trials(runs).query("score > -inf")  # of trials that all went wrong the comparison took none
+    chosen = runs.merge(best[keys].assign(chosen=True), how="left", on=keys)["chosen"]
     return runs.assign(chosen=chosen.eq(True).to_numpy())
 
 

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.table) - TABLES.keys():
         parser.error(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    if options.repetitions < 1:
+        parser.error(f"--repetitions {options.repetitions}: must be at least 1")
     if options.device == "cpu":  # one thread in every process that measures, and memory as cells have it
         set_up_environment(threads=1)
     settings = Options(

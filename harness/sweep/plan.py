@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
-from harness.errors import ConfigError, Declined
+from harness.errors import ConfigError, Declined, NothingToChoose
+from harness.refusals import REFUSED, refusal
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
@@ -39,10 +39,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the plan; `declined` says why its algorithm cannot apply to it."""
+    """A cell of the plan.
+
+    Attributes:
+        declined: why its algorithm cannot apply to it, or has no settings.
+        trials_failed: whether the latter is for trials that failed, so that the same command may mend it.
+    """
 
     config: RunConfig
     declined: str | None
+    trials_failed: bool = False
 
 
 def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
@@ -53,20 +59,22 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
         loader: what Hydra composes jobs with; it knows `--config-dir`.
 
     Raises:
-        ConfigError: for the first that cannot be composed.
+        ConfigError: for the first that cannot be composed, or where there is none.
     """
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
         raise ConfigError(f"hydra/sweeper: {sweeper._target_} decides its cells as it goes; use the basic sweeper")
-    arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()] + list(config.hydra.overrides.task)
     try:
+        presets = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+        arguments = presets + list(config.hydra.overrides.task)
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        for override in overrides:
+            if override.is_sweep_override() and not list(override.sweep_string_iterator()):
+                raise ConfigError(f"{override.input_line}: this matches nothing, so that there is no cell to run")
         jobs = chain.from_iterable(BasicSweeper.split_arguments(overrides, max_batch_size=None))
         return [_compose(config, loader, list(job)) for job in jobs]
-    except HydraException as error:
-        raise ConfigError(f"{error}\n{error.__cause__ or ''}".strip()) from error
-    except YAMLError as error:
-        raise ConfigError(f"an entry is not YAML: {error}") from error
+    except REFUSED as error:
+        raise refusal(error) from error
 
 
 def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
@@ -82,6 +90,23 @@ def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
     cells = [_cell(job, rehearsal) for job in jobs]
     _check_comparable([cell.config for cell in cells])
     return cells
+
+
+def check_cache(configs: Sequence[RunConfig]) -> None:
+    """
+    Raises:
+        ConfigError: where a model is to be cold-started and the result could not be kept.
+    """
+    from harness.policy.cold_start import cache_dir  # brings torch, which takes seconds
+
+    if any(config.model.cold_start for config in configs):
+        try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=cache_dir()).close()
+        except OSError as error:
+            raise ConfigError(
+                f"LEVELFIELD_CACHE: cold starts cannot be kept in {cache_dir()} ({error}); set it to another folder"
+            ) from error
 
 
 def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool = False) -> None:
@@ -159,7 +184,7 @@ def _cell(job: Job, rehearsal: bool) -> Cell:
             try:
                 run = tuned(run)
             except Declined as error:
-                return Cell(run, declined or str(error))
+                return Cell(run, declined or str(error), isinstance(error, NothingToChoose))
             declined = _declined(run)
         return Cell(run, declined)
 

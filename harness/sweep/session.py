@@ -17,8 +17,8 @@ from rich.text import Text
 from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
-from harness.status import make_console, read_cell, summary, table
-from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
+from harness.status import make_console, number, read_cell, summary, table
+from harness.sweep.plan import Cell, check_cache, check_folder, compose_jobs, expand, freeze
 from harness.sweep.progress import Progress
 from harness.sweep.tuning import run_trials, wants_trials
 
@@ -27,7 +27,7 @@ _PATIENCE = 15.0  # seconds that interrupted cells get to say so
 # Hydra owns the callback that starts a sweep and calls nothing when the sweep breaks off, so the sweep under way stands
 # here for finish() to find.
 _open: ExitStack = ExitStack()
-_directories: list[RunDirectory] = []
+_cells: list[Cell] = []
 
 
 def start(config: DictConfig) -> None:
@@ -40,6 +40,7 @@ def start(config: DictConfig) -> None:
     try:
         check_sources(config.hydra)
         jobs = compose_jobs(config, GlobalHydra.instance().config_loader())
+        check_cache([job.config for job in jobs])
         if wants_trials(config):
             # All that needs no trials is checked before they cost anything.
             rehearsal = [cell.config for cell in expand(jobs, rehearsal=True)]
@@ -62,8 +63,8 @@ def start(config: DictConfig) -> None:
         raise SystemExit(1) from error
     console = make_console()
     _print_plan(console, folder, cells)
-    _directories.extend(RunDirectory(config.run_dir) for config in configs)
-    _open.enter_context(Progress([directory.path for directory in _directories], console))
+    _cells.extend(cells)
+    _open.enter_context(Progress([config.run_dir for config in configs], console))
 
 
 def finish(code: int) -> int:
@@ -73,19 +74,20 @@ def finish(code: int) -> int:
         code: the exit status so far.
 
     Returns:
-        The exit status of the command: 1 instead of 0 where a cell failed or did not run.
+        The exit status of the command: 1 instead of 0 where a cell failed or did not run, or all its trials did.
     """
-    if not _directories:
+    if not _cells:
         return code
-    _record_interrupted(_directories, patience=_PATIENCE if code else 0.0)
+    directories = [RunDirectory(cell.config.run_dir) for cell in _cells]
+    _record_interrupted(directories, patience=_PATIENCE if code else 0.0)
     _open.close()
-    folder = _directories[0].path.parent
+    folder = directories[0].path.parent
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; the plan is in sweep.json and the config.yaml files
-    cells = [read_cell(directory.path) for directory in _directories]
+    cells = [read_cell(directory.path) for directory in directories]
     console = make_console()
     console.print(table(cells))
     console.print(Text(f"Runs: {folder}\nFigures: python -m harness.report {folder}"), soft_wrap=True)
-    if all(cell.status in FINAL for cell in cells):
+    if all(cell.status in FINAL for cell in cells) and not any(cell.trials_failed for cell in _cells):
         return code
     console.print(Text(f"Not complete ({summary(cells)}): the same command runs what is missing"), soft_wrap=True)
     return code or 1
@@ -105,7 +107,7 @@ def _print_plan(console: Console, folder: Path, cells: Sequence[Cell]) -> None:
         rows.add_row(cell.config.label, Text(f"{what}: {cell.declined}" if cell.declined else what))
     console.print(rows)
     listing = ", ".join(f"{count} {what}" for what, count in counts.items())
-    console.print(Text(f"{len(cells)} cells in {folder}: {listing}"), soft_wrap=True)
+    console.print(Text(f"{number(cells)} in {folder}: {listing}"), soft_wrap=True)
 
 
 def _record_interrupted(directories: Sequence[RunDirectory], patience: float) -> None:

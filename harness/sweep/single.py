@@ -2,6 +2,7 @@
 
 import sys
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.text import Text
@@ -11,7 +12,7 @@ from harness.config import check_sources, validate
 from harness.errors import ConfigError
 from harness.runs.reading import SWEEP
 from harness.status import make_console, read_cell, table
-from harness.sweep.plan import check_folder
+from harness.sweep.plan import check_cache, check_folder
 from harness.sweep.progress import Progress
 
 
@@ -23,8 +24,9 @@ def run_single(job: DictConfig) -> None:
             the run failed or was interrupted.
     """
     try:
-        check_sources(HydraConfig.get())
+        _check_single(HydraConfig.get())
         config = validate(job)
+        check_cache([config])
         folder = config.run_dir.parent
         # Loose runs may differ in anything; beside the cells of a sweep a run must be comparable with them.
         check_folder(folder if (folder / SWEEP).exists() else config.run_dir, [config])
@@ -42,3 +44,10 @@ def run_single(job: DictConfig) -> None:
     console.print(Text(str(directory.path)), soft_wrap=True)
     if EXIT_CODES[status]:
         raise SystemExit(EXIT_CODES[status])
+
+
+def _check_single(hydra: HydraConf) -> None:
+    check_sources(hydra)
+    if cells := hydra.sweeper.params:  # of which one run would be a cell that nobody chose
+        named = " ".join(f"{key}={value}" for key, value in cells.items())
+        raise ConfigError(f"this preset is of a sweep ({named}): add -m, and narrow it where you want fewer cells")

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import AlgorithmConfig, RunConfig, TuningConfig
-from harness.errors import ConfigError, Declined
+from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.runs.reading import NoRuns, read_sweep
 from harness.runs.trials import TRIALS, best_trials, trial_scores
 
@@ -35,7 +35,7 @@ def tuned(run: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: for a search space that cannot give the trials, or trials that are not all there.
-        Declined: where no trial came to its end.
+        Declined: where no trial came to its end; NothingToChoose where one of them failed.
     """
     if run.tuning is None:
         return run
@@ -114,7 +114,7 @@ def run_trials(config: DictConfig) -> None:
         process.terminate()
         process.wait(_PATIENCE)
         raise
-    # Status 1 is of a trial that failed, but without a plan of that command's own, of Hydra that refused it.
+    # Status 1 is of a trial that failed, but without a plan of that command's own, of an error before there was one.
     failed = code == 1 and read_sweep(Path(config.results) / config.sweep / TRIALS).get("pid") == process.pid
     if code and not failed:
         raise SystemExit(code if code > 0 else 128 - code)
@@ -164,7 +164,8 @@ def _best(run: RunConfig) -> dict[str, Any]:
         waiting = f" ({', '.join(mine.loc[~over, 'run'])} not over)" if not over.all() else ""
         raise ConfigError(f"tuning: the trials of {who} in {folder} are not all there{waiting}: {mend}")
     if np.isneginf(best["score"].item()):
-        raise Declined(f"tuning: every trial of {who} in {folder} diverged or failed: there is nothing to choose from")
+        kind = NothingToChoose if (mine["status"] == "failed").any() else Declined
+        raise kind(f"tuning: every trial of {who} in {folder} diverged or failed: there is nothing to choose from")
     settings: Sequence[dict[str, Any]] = mine.loc[mine["trial"] == best["trial"].item(), "settings"].tolist()
     return settings[0]
 

@@ -2,6 +2,8 @@
 
 import ast
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -304,3 +306,9 @@ def test_the_table_in_the_documentation_is_what_the_configuration_says():
     page = conf_dir().parent / "docs" / "ALGORITHMS.md"
     expected = document([entry(name) for name in entries()])
     assert page.read_text(encoding="utf-8") == expected + "\n", "python -m harness.algorithms > docs/ALGORITHMS.md"
+
+
+def test_the_command_that_prints_the_table_takes_no_argument():
+    command = [sys.executable, "-m", "harness.algorithms", "gspo"]
+    refused = subprocess.run(command, cwd=Path(harness.__file__).parents[1], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stdout == "" and "unrecognized arguments: gspo" in refused.stderr

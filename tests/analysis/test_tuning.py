@@ -9,6 +9,7 @@ from harness.analysis.style import figure_style
 from harness.analysis.sweep import Sweep, read_sweep
 from harness.analysis.tuning import sensitivity, tuning_sensitivity, tuning_summary, tuning_trials
 from harness.analysis.view import viewed
+from harness.runs.directory import RunDirectory
 from tests.analysis.synthetic import Cell, trial, write_sweep
 
 _RATES = (1e-4, 2e-4, 4e-4)
@@ -59,6 +60,20 @@ def test_a_choice_at_the_end_of_what_was_tried_is_told(tuned: Sweep) -> None:
     alike, how = tuning_summary(tuned)
     assert alike  # gspo took the middle one
     assert how.endswith("the smallest learning rate that was tried is the best of ppo on tiny_dense")
+
+
+def test_trials_that_all_failed_before_a_step_are_told(tmp_path) -> None:
+    folder = write_sweep(tmp_path / "s", [trial("gspo", None, 2e-4, seed=0, status="skipped", steps=0)])
+    lost = [trial("gspo", number, rate, status="failed", steps=0) for number, rate in enumerate(_RATES)]
+    for directory in write_sweep(folder / "trials", lost).glob("gspo-*"):
+        run = RunDirectory(directory)
+        run.update_status(budget={key: run.read_status()["budget"][key] for key in ("axis", "limit")})
+    sweep = read_sweep(folder)
+    assert tuning_summary(sweep)[1].endswith("0 FLOP (flops) a run on average; the best by mean training reward")
+    assert tuning_trials(sweep).frame[["flops", "chosen"]].values.tolist() == [[0.0, ""]] * 3
+    with figure_style():
+        drawing = sensitivity(sweep)
+    assert drawing is not None and "×: a run that diverged or failed" in drawing.caption
 
 
 def test_trials_are_found_for_the_cells_of_one_task_of_several(tmp_path) -> None:

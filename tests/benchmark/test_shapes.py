@@ -150,6 +150,12 @@ def test_an_unknown_table_is_told_with_those_that_are_known(capsys):
     assert "no such table: stap; there are step, update" in capsys.readouterr().err
 
 
+def test_no_repetition_is_refused_before_anything_is_measured(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["shapes", "--repetitions", "0", "--out", str(tmp_path)])
+    assert ended.value.code == 2 and "--repetitions 0: must be at least 1" in capsys.readouterr().err
+
+
 def test_one_table_that_cannot_be_measured_does_not_stop_the_others(capsys, tmp_path):
     arguments = ["sweep", "shapes", "--shapes", "tiny", "--repetitions", "1", "--out", str(tmp_path)]
     assert main(arguments) == 2

@@ -1,0 +1,62 @@
+"""What Hydra and YAML refuse of an override or an entry, in a line that says what may have been meant."""
+
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from harness.config import RunConfig
+from harness.errors import ConfigError
+
+REFUSED = (HydraException, OmegaConfBaseException, YAMLError)  # what composing a configuration raises of its own
+
+
+def refusal(error: Exception) -> ConfigError:
+    """One of :data:`REFUSED`, as the error of a configuration that cannot run."""
+    cause = error.__cause__
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return ConfigError(f"{mark.name}, line {mark.line + 1}: this is not YAML: {error.problem}")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        name = error.missing_cfg_file.rpartition("/")[2]
+        return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: not KEY=VALUE as Hydra reads it: {_first(error.message)}")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        return ConfigError(_no_such_key(str(cause.full_key), [str(key) for key in cause.parent_node]))
+    return ConfigError(_first(f"{error}\n\n{cause or ''}"))
+
+
+def _no_such_key(key: str, others: list[str]) -> str:
+    above, _, name = key.rpartition(".")
+    if not others:
+        return f"{key}: no such key; {above} is null, or one value without keys"
+    adding = f"; +{key}=… adds it, where its part or entry takes it" if _is_open(key) else ""
+    return f"{key}: no such key; {_nearest(name, others)}{adding}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, names)
+    return f"near it are {', '.join(near)}" if near else f"there are {', '.join(names)}"
+
+
+def _is_open(key: str) -> bool:
+    """Whether the schema leaves it to an entry which keys stand beside this one."""
+    schema: Any = RunConfig
+    for name in key.split(".")[:-1]:
+        annotation = get_type_hints(schema).get(name)
+        schema = next((kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)), None)
+        if schema is None:
+            return True
+    return False
+
+
+def _first(text: str) -> str:
+    """The first paragraph on one line, without Hydra's advice to add what would be refused."""
+    paragraph = text.strip().partition("\n\n")[0]
+    return " ".join(line for line in paragraph.splitlines() if not line.startswith(("To append", "See https")))

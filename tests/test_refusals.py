@@ -1,0 +1,54 @@
+"""What cannot be composed is told in a line."""
+
+import pytest
+
+from harness.config import compose
+from harness.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=grop"], "algorithm/grop: no such entry; near it are grpo"),
+        (["experiment=xyz"], "experiment/xyz: no such entry; there are all_algorithms, embedded, "),
+        (["algoritm=grpo"], "algoritm: no such key; near it are algorithm"),
+        (["algorithm.optimizer.lr=1"], "algorithm.optimizer.lr: no such key; there are learning_rate, beta1, "),
+        (
+            ["algorithm.surrogate.clip_hihg=1"],
+            "algorithm.surrogate.clip_hihg: no such key; near it are clip_high; +algorithm.surrogate.clip_hihg=… adds",
+        ),
+        (["algorithm.critic.value_clip=1"], "algorithm.critic.value_clip: no such key; algorithm.critic is null, or "),
+        (["seed.low=1"], "seed.low: no such key; seed is null, or one value"),
+        (["seed"], "seed: not KEY=VALUE as Hydra reads it: "),
+        (["claims=reward"], "Could not override 'claims'. No match in the defaults list."),
+        (["seed=${gone}"], "Interpolation key 'gone' not found"),
+        (["+seed=3"], "Could not append to config. An item is already at 'seed'. Either remove + prefix: 'seed=3'"),
+    ],
+)
+def test_a_misspelt_override_is_told_in_one_line_with_what_is_near_it(overrides, message):
+    with pytest.raises(ConfigError) as raised:
+        compose(overrides)
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_only_keys_that_the_schema_leaves_open_are_offered_to_be_added():
+    with pytest.raises(ConfigError) as raised:
+        compose(["algorithm.optimizer.lr=1"])
+    assert "+algorithm" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: [mine\nsource: x\n", "algorithm/mine.yaml, line 2: this is not YAML: expected ',' or ']'"),
+        ("name: mine\nname: mine\n", "algorithm/mine.yaml, line 2: this is not YAML: found duplicate key name"),
+        ("name: ${mine\n", "no viable alternative at input '${mine'"),
+        ("defaults:\n  - grop\n", "In 'algorithm/mine': Could not load 'algorithm/grop'."),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_told_in_one_line(tmp_path, content, message):
+    (tmp_path / "algorithm").mkdir()
+    (tmp_path / "algorithm" / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        compose(["algorithm=mine"], config_dir=tmp_path)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
