@@ -139,7 +139,21 @@ def claims_table(sweep: Sweep) -> Table:
         "clip fractions, expert changes and costs are of finished runs. Two algorithms are compared on "
         f"{least_pairs(1)} equal seeds or more. Outcomes are about the models, tasks and budget of this sweep."
     )
-    return Table("claims", "Claims", note, pd.DataFrame(rows if tested else []))
+    frame = pd.DataFrame(rows if tested else [])
+    if frame.empty:
+        return Table("claims", "Claims", note, frame)
+    paper, places = _one_paper(frame["source"])
+    return Table("claims", "Claims", f"{note}{paper}", frame, part=frame.assign(source=places))
+
+
+def _one_paper(sources: pd.Series) -> tuple[str, pd.Series]:
+    """What the note says of the paper that all sources are places in, and these places; else the sources as they are.
+
+    A source is the paper, a comma, and the place in it.
+    """
+    parts = sources.str.rpartition(", ")
+    papers = set(parts[0])
+    return (f" Sources are in {papers.pop()}.", parts[2]) if len(papers) == 1 and all(papers) else ("", sources)
 
 
 def _settings(sweep: Sweep, models: str) -> list[str]:

@@ -249,15 +249,15 @@ def completion(sweep: Sweep) -> Table:
 
 
 def completion_grid(sweep: Sweep) -> Table:
-    """Status of every cell, one line per algorithm and model, one column per seed, with the reasons in words."""
+    """Status of every cell, one line per algorithm and model, one column per seed; below it the reasons in words."""
     seeds = sorted({int(seed) for seed in sweep.cells["seed"].dropna()})
     rows = []
     for variant, setting, cells in sweep.groups(sweep.cells):
         status = dict(zip(cells["seed"], cells["status"], strict=True))
         by_seed = {f"seed {seed}": status.get(seed) for seed in seeds}
-        rows.append({"algorithm": variant, "model": setting, **by_seed, "reasons": _reasons(cells)})
+        rows.append({"algorithm": variant, "model": setting, **by_seed})
     note = "Every cell of the sweep, none left out. Done: it reached the budget's limit. A dash: it is not in the plan."
-    return Table("completion_grid", "Completion", note, pd.DataFrame(rows))
+    return Table("completion_grid", "Completion", note, pd.DataFrame(rows), remarks=_reasons(sweep))
 
 
 def samples(sweep: Sweep) -> Table:
@@ -278,14 +278,17 @@ def samples(sweep: Sweep) -> Table:
     return Table("samples", "Completions over training", note, frame, {"budget": "{:.0%}"})
 
 
-def _reasons(cells: pd.DataFrame) -> str:
-    """Of the cells of one line that have a reason; those that share it are named together."""
-    told = cells[cells["reason"].map(lambda reason: isinstance(reason, str) and bool(reason))]
-    parts = []
+def _reasons(sweep: Sweep) -> list[str]:
+    """Why cells ended as they did; those that share status and reason are named together."""
+    told = sweep.cells[sweep.cells["reason"].map(lambda reason: isinstance(reason, str) and bool(reason))]
+    found = []
     for (status, reason), alike in told.groupby(["status", "reason"], sort=False):
-        seeds = ", ".join(f"{seed:.0f}" for seed in alike["seed"])
-        parts.append(f"{status} (seed{'s' if len(alike) > 1 else ''} {seeds}): {reason}")
-    return "; ".join(parts)
+        where = []
+        for variant, setting, cells in sweep.groups(alike):
+            seeds = ", ".join(f"{seed:.0f}" for seed in cells["seed"])
+            where.append(f"{variant} on {setting} (seed{'s' if len(cells) > 1 else ''} {seeds})")
+        found.append(f"{str(status).capitalize()}: {', '.join(where)}: {reason}")
+    return found
 
 
 def _means_of_metrics(sweep: Sweep, names: dict[str, str]) -> pd.DataFrame:

@@ -377,6 +377,16 @@ def test_the_table_has_a_line_for_every_claim_and_model(planted: Sweep):
     ]
 
 
+def test_the_paper_that_all_claims_are_of_is_named_once(planted: Sweep, tmp_path: Path):
+    table = claims_table(planted)
+    assert set(table.shown["source"]) <= {f"section {place}" for place in ("2", "5.1", "5.2", "5.3", "5.4")}
+    assert table.note.endswith(" Sources are in Zheng et al. 2025, arXiv 2507.18071.")
+    assert table.frame["source"].str.startswith("Zheng et al. 2025, arXiv 2507.18071, section ").all()
+    own = (conf_dir() / "claims" / "clip_fraction.yaml").read_text().replace("Zheng et al.", "Someone else")
+    (tmp_path / "own.yaml").write_text(own)
+    assert "Sources are in" not in claims_table(replace(planted, claims=tmp_path)).note
+
+
 def test_a_sweep_that_tests_no_claim_has_no_table():
     assert claims_table(toy_sweep(runs("a", [0.9, 0.9, 0.9]))).frame.empty
 
