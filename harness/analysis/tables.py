@@ -241,6 +241,17 @@ def learning_rate_search(sweep: Sweep) -> Table:
     return Table("learning_rate_search", "Learning-rate search", note, frame)
 
 
+def search_sentences(sweep: Sweep) -> list[str]:
+    """What a learning-rate search was for; nothing where there was none, or no rate has all its runs."""
+    found = learning_rate_search(sweep).frame
+    if found.empty:
+        return []
+    best = found[found["best"] != ""]
+    rates = best["learning_rate"].map("{:g}".format).groupby(best["algorithm"], sort=False).apply(" and ".join)
+    listed = ", ".join(f"{rate} for {algorithm}" for algorithm, rate in rates.items())
+    return [f"The best learning rates by mean training reward: {listed}."] if listed else []
+
+
 def completion(sweep: Sweep) -> Table:
     """Status and reason of every cell."""
     columns = {"variant": "algorithm", "setting": "model", "seed": "seed", "status": "status", "reason": "reason"}
