@@ -128,7 +128,7 @@ def _one_value(what: str, values: pd.Series) -> Check:
 
 
 def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
-    """Whether a section of config.yaml is the same in all cells."""
+    """Whether a section of config.yaml is the same in all cells; of equal limits that which ended the runs is told."""
     flat = [flatten(_section(config, section), f"{section}.") for config in cells["config"] if config]
     if not flat:
         return Check(what, False, "not recorded")
@@ -137,7 +137,10 @@ def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
     differing = [f"{key}: {' against '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]
     if differing:
         return Check(what, False, "; ".join(differing))
-    return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in keys))
+    limits = f"{section}.limits."
+    acting = f"{limits}{values.get(f'{section}.axis', [''])[0]}"
+    told = [key for key in keys if key == acting or not key.startswith(limits)]
+    return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in told))
 
 
 def _section(config: dict[str, Any], section: str) -> dict[str, Any]:

@@ -52,6 +52,19 @@ def test_a_setting_that_should_be_equal_is_named_with_its_values(tmp_path: Path)
     assert found["budget settings"].equal
 
 
+def test_of_the_limits_that_were_equal_the_one_in_force_is_told(sweep: Sweep) -> None:
+    assert by_name(checks(sweep))["budget settings"] == Check(
+        "budget settings", True, "axis: flops; limits.flops: 1e+12"
+    )
+
+
+def test_limits_that_differ_are_all_told(tmp_path: Path) -> None:
+    budget = {"budget": {"axis": "flops", "limits": {"flops": 1e12, "updates": 300.0}}}
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0, config=budget)]
+    found = by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))["budget settings"]
+    assert found == Check("budget settings", False, "budget.limits.updates: 200 against 300")
+
+
 def test_different_seeds_are_not_the_same_prompts(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 1)]
     assert not by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))["seeds on tiny_dense"].equal
