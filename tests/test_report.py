@@ -176,6 +176,8 @@ def test_a_search_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith(found)
     markdown = (sweep / "report" / "report.md").read_text(encoding="utf-8")
     assert f"- **{found}**" in markdown
+    verdict = markdown.partition("## Verdict\n")[2].partition("\n## ")[0]
+    assert verdict.index("### Learning-rate search") < verdict.index("### Final scores")
 
 
 def test_a_sweep_that_has_only_begun_has_a_report(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ _SECTIONS = {
     "samples": "Samples",
     "provenance": "Provenance",
 }
-_PLACES = {  # of tables in these sections; the others stand in "tables"
+_PLACES = {  # of tables in these sections; the others stand in "tables", and those of a search before the verdict's
+    "learning_rate_search": "search",
     "verdicts": "verdict",
     "claims": "claims",
     "completion_grid": "cells",

@@ -95,7 +95,21 @@ def verdict_table(sweep: Sweep) -> Table:
     if sweep.limits:
         note += f" At an equal budget of {sweep.axis}: {budget_text(sweep)}."
     formats = dict.fromkeys(("difference", "low", "high"), "{:+.3f}")
-    return Table("verdicts", "Verdicts", note, pd.DataFrame(rows), formats)
+    frame = pd.DataFrame(rows)
+    undecidable = _undecidable(found)
+    part = frame[~frame["model"].isin(undecidable)] if undecidable else None
+    return Table("verdicts", "Verdicts", note, frame, formats, part, list(undecidable.values()))
+
+
+def _undecidable(found: list[Verdict]) -> dict[str, str]:
+    """The models on which all pairs have too few runs, and what stands in the place of their lines."""
+    by_model = {one.setting: [other for other in found if other.setting == one.setting] for one in found}
+    return {
+        model: f"{model}: all pairs of algorithms ({len(here)}) are left out here, for a verdict takes {here[0].least} "
+        f"pairs of runs, and none has more than {max(one.n for one in here)}; the CSV has their differences."
+        for model, here in by_model.items()
+        if all(one.outcome == "too few" for one in here)
+    }
 
 
 def _decided(found: list[Verdict]) -> str:

@@ -183,6 +183,22 @@ def test_runs_that_went_wrong_are_counted_beside_their_verdict() -> None:
     assert "went wrong" not in verdict_table(headlined(sound)).frame
 
 
+def test_pairs_that_are_all_too_few_on_a_model_are_counted_below_the_verdicts() -> None:
+    ends = [0.5, 0.6, 0.55, 0.65]
+    runs = [
+        Run(name, seed, [0.2, end + 0.2 * (name == "a")], [0, 10], setting=model)
+        for name in "ab"
+        for model, seeds in (("large", ends), ("small", ends[:2]))
+        for seed, end in enumerate(seeds)
+    ]
+    table = verdict_table(headlined(runs))
+    assert [line[0] for line in table.rows] == ["large"] and len(table.frame) == 2
+    assert table.remarks == [
+        "small: all pairs of algorithms (1) are left out here, for a verdict takes 4 pairs of runs, and none has more "
+        "than 2; the CSV has their differences."
+    ]
+
+
 def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
     frame = pd.DataFrame({"number": [1 / 3, -np.inf, np.nan], "text": ["a", None, "–"], "flag": [True, False, True]})
     table = Table("x", "X", "", frame)
