@@ -38,8 +38,9 @@ def score_summary(sweep: Sweep) -> Table:
     }  # fmt: skip
     note = (
         f"{headline_end(sweep)}. IQM: interquartile mean, of the runs without the highest "
-        f"and the lowest quarter. low, high: {_BOOTSTRAP} (for the IQM: 8 or more); for all settings together, "
-        f"resampled within each. {_WORST} (went wrong); those that are not over have no score (missing)."
+        f"and the lowest quarter. low, high: {_BOOTSTRAP}; for all settings together, resampled within each. IQM low, "
+        "IQM high: 95 % percentile bootstrap interval, where n is 8 or more, and of one model. "
+        f"{_WORST} (went wrong); those that are not over have no score (missing)."
     )
     numbers = ("mean", "low", "high", "IQM", "IQM low", "IQM high", "worst")
     formats = {**dict.fromkeys(numbers, "{:.3f}"), "its seed": "{:.0f}"}
