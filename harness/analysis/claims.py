@@ -142,8 +142,31 @@ def claims_table(sweep: Sweep) -> Table:
     frame = pd.DataFrame(rows if tested else [])
     if frame.empty:
         return Table("claims", "Claims", note, frame)
-    paper, places = _one_paper(frame["source"])
-    return Table("claims", "Claims", f"{note}{paper}", frame, part=frame.assign(source=places))
+    lacking = pd.Series([_lacking(sweep, one) for one in found])
+    part = frame[lacking == ""]
+    paper, places = _one_paper(part["source"])
+    folded = [
+        f"Not tested, for there are {reason}: {'; '.join(_with_models(own))}."
+        for reason, own in frame[lacking != ""].groupby(lacking, sort=False)
+    ]
+    return Table("claims", "Claims", f"{note}{paper}", frame, part=part.assign(source=places), remarks=folded)
+
+
+def _with_models(rows: pd.DataFrame) -> list[str]:
+    """Each claim once, with the models in question, if there are any."""
+    models = rows.groupby("claim", sort=False)["model"].agg(", ".join)
+    return [f"{claim} ({on})" if on else str(claim) for claim, on in models.items()]
+
+
+def _lacking(sweep: Sweep, one: Finding) -> str:
+    """The runs without which a claim could not be tested, whatever the others say; nothing where there are all."""
+    if not one.setting:
+        return one.measured
+    cells = sweep.cells[(sweep.cells["setting"] == one.setting) & (sweep.cells["status"] != "skipped")]
+    hypotheses = (*one.claim.given, *one.claim.all_of)
+    named = dict.fromkeys(name for hypothesis in hypotheses for name in hypothesis.algorithms)
+    absent = [name for name in named if name not in set(cells["algorithm"])]
+    return f"no runs of {' and '.join(absent)}" if absent else ""
 
 
 def _one_paper(sources: pd.Series) -> tuple[str, pd.Series]:

@@ -387,6 +387,28 @@ def test_the_paper_that_all_claims_are_of_is_named_once(planted: Sweep, tmp_path
     assert "Sources are in" not in claims_table(replace(planted, claims=tmp_path)).note
 
 
+def test_claims_about_algorithms_that_were_not_run_are_listed_below_the_table(tmp_path: Path):
+    cells = [Cell(name, "tiny_moe", seed) for name in ("grpo", "gspo") for seed in range(4)]
+    table = claims_table(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    shown, kept = set(table.shown["claim"]), set(table.frame["claim"])
+    assert "GSPO learns faster than GRPO" in shown and shown < kept
+    critic = "PPO's critic costs about as much compute and memory as the policy"
+    assert f"Not tested, for there are no runs of ppo: {critic} (tiny_moe)." in table.remarks
+    folded = {claim for claim in kept - shown if sum(claim in remark for remark in table.remarks) == 1}
+    assert folded == kept - shown and not shown & {claim for claim in kept if claim in " ".join(table.remarks)}
+    assert not table.shown["measured"].str.startswith("no runs of").any()
+
+
+def test_claims_about_another_kind_of_model_are_listed_below_the_table(tmp_path: Path):
+    cells = [Cell(name, "tiny_dense", seed) for name in ("grpo", "gspo") for seed in range(4)]
+    table = claims_table(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert set(table.shown["model"]) == {"tiny_dense"}
+    assert any(
+        remark.startswith("Not tested, for there are no runs of a mixture-of-experts model: ")
+        for remark in table.remarks
+    )
+
+
 def test_a_sweep_that_tests_no_claim_has_no_table():
     assert claims_table(toy_sweep(runs("a", [0.9, 0.9, 0.9]))).frame.empty
 
