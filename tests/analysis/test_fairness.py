@@ -80,6 +80,19 @@ def test_only_settings_that_differ_stand_side_by_side(sweep: Sweep) -> None:
     assert "minibatches" not in frame.index
 
 
+def test_of_many_algorithms_what_is_unusual_of_each_is_told(tmp_path: Path) -> None:
+    names = [f"a{number}" for number in range(9)]
+    usual = {"surrogate": {"name": "clip", "clip_low": 0.2}, "minibatches": 8}
+    cells = [Cell(name, "tiny_dense", 0, config={"algorithm": {"name": name, **usual}}) for name in names]
+    cells[3].config["algorithm"] = {"name": "a3", "surrogate": {"name": "plain"}, "minibatches": 1}
+    table = algorithm_differences(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert table.header == ["algorithm", "unlike most"] and [line[0] for line in table.rows] == names
+    assert table.rows[3][1] == "surrogate.name: plain; surrogate.clip_low: –; minibatches: 1"
+    assert {line[1] for line in table.rows if line[0] != "a3"} == {"–"}
+    assert table.remarks == ["Most have surrogate.name: clip; surrogate.clip_low: 0.2; minibatches: 8."]
+    assert list(table.frame) == ["setting", *names] and len(table.frame) == 3
+
+
 def test_other_package_versions_are_found(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0)]
     root = write_sweep(tmp_path / "sweep", cells)
