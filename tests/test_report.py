@@ -180,6 +180,14 @@ def test_a_search_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert verdict.index("### Learning-rate search") < verdict.index("### Final scores")
 
 
+def test_a_sweep_of_one_cell_has_no_table_of_differences(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_moe", 0)])
+    assert main([str(sweep)]) == 0
+    page, markdown = ((sweep / "report" / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    assert "1 cell: 1 done" in page and "1 cell: 1 done" in markdown
+    assert "What differs between the algorithms" not in page + markdown
+
+
 def test_a_sweep_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_moe", seed, status="planned", steps=0) for seed in range(2)]
     sweep = write_sweep(tmp_path / "sweep", cells)

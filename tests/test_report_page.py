@@ -115,6 +115,13 @@ def test_numbers_sort_as_numbers_and_a_second_press_turns_them_round(opened: Vis
     assert header.get_attribute("aria-sort") == "descending"
 
 
+def test_words_among_numbers_come_after_them(opened: Visit) -> None:
+    page, cells = opened.page, "table.clip_fraction td:nth-child(3)"
+    page.locator(cells).nth(1).evaluate("(cell) => { delete cell.dataset.value; cell.textContent = 'over 1,000'; }")
+    page.locator("table.clip_fraction th:nth-child(3) button").click()
+    assert [text == "over 1,000" for text in page.locator(cells).all_inner_texts()][-2:] == [False, True]
+
+
 def test_text_sorts_too_and_one_column_at_a_time_says_so(opened: Visit) -> None:
     page = opened.page
     for index in (2, 1):

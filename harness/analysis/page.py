@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from harness.analysis.evidence import axis_sentences, headline_verdicts
-from harness.analysis.fairness import algorithm_differences, checks
+from harness.analysis.fairness import checks
 from harness.analysis.figures import all_figures
 from harness.analysis.scores import COUNTED, WORST
 from harness.analysis.style import budget_text, figure_style, save
@@ -89,7 +89,7 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     """
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    tables = [*all_tables(sweep), algorithm_differences(sweep)]
+    tables = all_tables(sweep)
     for table in tables:
         table.save(folder / "tables")
     placed = _placed(tables)
@@ -107,7 +107,7 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
         "headlines": verdict,
         "findings": findings,
         "budget": f"{budget_text(sweep)} ({sweep.axis})",
-        "cells": len(sweep.cells),
+        "cells": f"{len(sweep.cells)} cell{'' if len(sweep.cells) == 1 else 's'}",
         "figures": _figures(sweep, folder / "figures"),
         "tables": placed,
         "checks": checks(sweep),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -57,8 +57,8 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [pd.api.types.is_numeric_dtype(self.shown[column]) for column in self.shown]
+        """Which columns hold numbers, if words among them."""
+        return [any(map(_is_number, self.shown[column])) for column in self.shown]
 
     def markdown(self) -> str:
         """A pipe table and its remarks as a list, in which no text acts as markup."""
@@ -98,8 +98,12 @@ def _text(value: Any, template: str | None) -> str:
     return _ABSENT if value is None or value == "" else str(value)
 
 
+def _is_number(value: Any) -> TypeGuard[Real]:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
 def _sort_key(value: Any) -> str | None:
-    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+    if _is_number(value):
         number = float(value)
         return "" if np.isnan(number) else str(number).replace("inf", "Infinity")
     return "" if value in (None, "", _ABSENT) else None

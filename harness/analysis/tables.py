@@ -18,6 +18,7 @@ from harness.analysis.evidence_tables import (
     stabilities,
     times_to_target,
 )
+from harness.analysis.fairness import algorithm_differences
 from harness.analysis.figures import (
     CLIP_FRACTION,
     EXPERT_CHANGE,
@@ -49,7 +50,7 @@ def all_tables(sweep: Sweep) -> list[Table]:
         equal_budget_means, times_to_target, stabilities, scaling,
         final_scores, rewards, budgets, phases, clip_fractions, expert_changes,
         tuning_trials, tuning_sensitivity, learning_rate_search,
-        completion_grid, completion, samples,
+        completion_grid, completion, algorithm_differences, samples,
     ]  # fmt: skip
     return [table for function in functions if len((table := function(sweep)).frame)]
 
@@ -80,7 +81,7 @@ def verdict_table(sweep: Sweep) -> Table:
             "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n,
             **({"went wrong": one.worst} if any(other.worst for other in found) else {}),
             "p (Holm)": one.p_holm,
-            "further seeds": "over 1,000" if one.further_seeds is None else str(one.further_seeds),
+            "further seeds": "over 1,000" if one.further_seeds is None else one.further_seeds,
         }
         for one in found
     ]  # fmt: skip

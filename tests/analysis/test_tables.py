@@ -206,6 +206,11 @@ def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
     assert table.sort_keys == [["0.3333333333333333", None, None], ["-Infinity", "", None], ["", "", None]]
 
 
+def test_a_column_of_numbers_may_have_words_in_it() -> None:
+    frame = pd.DataFrame({"seeds": [3, "over 1,000"], "flag": [True, False], "text": ["a", "7"]})
+    assert Table("x", "X", "", frame).numeric == [True, False, False]
+
+
 def test_the_grid_has_every_seed_and_every_reason(sweep: Sweep) -> None:
     table = completion_grid(sweep)
     assert len(table.frame) == 8 and table.header[2:5] == ["seed 0", "seed 1", "seed 2"]
