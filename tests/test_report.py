@@ -180,6 +180,17 @@ def test_a_search_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert verdict.index("### Learning-rate search") < verdict.index("### Final scores")
 
 
+def test_of_speeds_that_were_alike_none_is_said_to_be_a_setting(tmp_path: Path) -> None:
+    cells = [Cell(f"algorithm_{number}", "tiny_dense", seed, steps=3) for number in range(12) for seed in (0, 1)]
+    sweep = write_sweep(tmp_path / "sweep", cells)
+    assert main([str(sweep)]) == 0
+    page = (sweep / "report" / "report.html").read_text(encoding="utf-8")
+    folded = (
+        page.partition("speed of the machine on tiny_dense")[2].partition("<summary>")[2].partition("</summary>")[0]
+    )
+    assert folded.startswith("algorithm_0 ") and folded.endswith("...")
+
+
 def test_a_sweep_of_one_cell_has_no_table_of_differences(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_moe", 0)])
     assert main([str(sweep)]) == 0
