@@ -92,6 +92,9 @@ def _write(sweep: Sweep, folder: Path) -> Report:
 
 def _announce(report: Report) -> None:
     console = make_console()
+    for sentences, style in ((report.headlines, "bold"), (report.findings, "")):
+        for sentence in sentences:
+            console.print(Text(sentence, style=style))
     if report.scores.rows:
         console.print(_rich(report.scores))
     for counts, meaning in (

@@ -157,6 +157,48 @@ def test_failed_cells_are_said_aloud(said: str, sweep: Path) -> None:
     assert "0.551" in said and "held_out" in said
 
 
+def test_the_verdict_is_said_before_the_scores(said: str) -> None:
+    words = " ".join(said.split())
+    verdict = words.index("On tiny_dense, nothing is ranked on held_out: ")
+    assert verdict < words.index("Not tuned in this sweep") < words.index("Final scores in full")
+
+
+def test_a_search_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gains = {1e-4: 0.1, 2e-4: 0.3, 8e-4: 0.2}
+    cells = [
+        Cell(name, "tiny_dense", 0, learning_rate=rate, gain=gain)
+        for name in ("ppo", "gspo")
+        for rate, gain in gains.items()
+    ]
+    sweep = write_sweep(tmp_path / "sweep", cells)
+    assert main([str(sweep)]) == 0
+    found = "The best learning rates by mean training reward: 0.0002 for ppo, 0.0002 for gspo."
+    assert capsys.readouterr().out.startswith(found)
+    markdown = (sweep / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"- **{found}**" in markdown
+    verdict = markdown.partition("## Verdict\n")[2].partition("\n## ")[0]
+    assert verdict.index("### Learning-rate search") < verdict.index("### Final scores")
+
+
+def test_of_speeds_that_were_alike_none_is_said_to_be_a_setting(tmp_path: Path) -> None:
+    cells = [Cell(f"algorithm_{number}", "tiny_dense", seed, steps=3) for number in range(12) for seed in (0, 1)]
+    sweep = write_sweep(tmp_path / "sweep", cells)
+    assert main([str(sweep)]) == 0
+    page = (sweep / "report" / "report.html").read_text(encoding="utf-8")
+    folded = (
+        page.partition("speed of the machine on tiny_dense")[2].partition("<summary>")[2].partition("</summary>")[0]
+    )
+    assert folded.startswith("algorithm_0 ") and folded.endswith("...")
+
+
+def test_a_sweep_of_one_cell_has_no_table_of_differences(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_moe", 0)])
+    assert main([str(sweep)]) == 0
+    page, markdown = ((sweep / "report" / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    assert "1 cell: 1 done" in page and "1 cell: 1 done" in markdown
+    assert "What differs between the algorithms" not in page + markdown
+
+
 def test_a_sweep_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_moe", seed, status="planned", steps=0) for seed in range(2)]
     sweep = write_sweep(tmp_path / "sweep", cells)

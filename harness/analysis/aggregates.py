@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 
 from harness.analysis.intervals import (
-    INTERQUARTILE,
-    MEAN,
     MIN_RUNS_FOR_INTERVAL,
     NONE,
+    interquartile_interval,
+    mean_interval,
     probability_of_improvement,
     share_interval,
-    trimmed_interval,
 )
 from harness.analysis.scores import Metric, counts, histories, paired, pairs, raw_histories
 from harness.analysis.sweep import Sweep
@@ -36,7 +35,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         setting, variant, n, worst (of n: diverged or failed, and counted as the worst score), missing (left out, having
         no score), mean, mean_low, mean_high, iqm, iqm_low, iqm_high, worst_seed, worst_score. Intervals are NaN of
-        fewer than three runs (for all settings: two in each), of the interquartile mean of fewer than eight.
+        fewer than three runs (for all settings: two in each), of the interquartile mean of fewer than eight and for
+        all settings.
     """
     lines: list[dict[str, Any]] = []
     for setting, variant, here in _groups(rows):
@@ -142,7 +142,6 @@ def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 def _means(strata: Sequence[pd.DataFrame]) -> dict[str, float]:
     values = [part["score"].to_numpy(dtype=float) for part in strata]
     found: dict[str, float] = {}
-    for name, cut in {"mean": MEAN, "iqm": INTERQUARTILE}.items():
-        one = trimmed_interval(values, cut)
+    for name, one in {"mean": mean_interval(values), "iqm": interquartile_interval(values)}.items():
         found |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
     return found

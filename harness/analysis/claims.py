@@ -139,7 +139,44 @@ def claims_table(sweep: Sweep) -> Table:
         "clip fractions, expert changes and costs are of finished runs. Two algorithms are compared on "
         f"{least_pairs(1)} equal seeds or more. Outcomes are about the models, tasks and budget of this sweep."
     )
-    return Table("claims", "Claims", note, pd.DataFrame(rows if tested else []))
+    frame = pd.DataFrame(rows if tested else [])
+    if frame.empty:
+        return Table("claims", "Claims", note, frame)
+    lacking = pd.Series([_lacking(sweep, one) for one in found])
+    part = frame[lacking == ""]
+    paper, places = _one_paper(part["source"])
+    folded = [
+        f"Not tested, for there are {reason}: {'; '.join(_with_models(own))}."
+        for reason, own in frame[lacking != ""].groupby(lacking, sort=False)
+    ]
+    return Table("claims", "Claims", f"{note}{paper}", frame, part=part.assign(source=places), remarks=folded)
+
+
+def _with_models(rows: pd.DataFrame) -> list[str]:
+    """Each claim once, with the models in question, if there are any."""
+    models = rows.groupby("claim", sort=False)["model"].agg(", ".join)
+    return [f"{claim} ({on})" if on else str(claim) for claim, on in models.items()]
+
+
+def _lacking(sweep: Sweep, one: Finding) -> str:
+    """The runs without which a claim could not be tested, whatever the others say; nothing where there are all."""
+    if not one.setting:
+        return one.measured
+    cells = sweep.cells[(sweep.cells["setting"] == one.setting) & (sweep.cells["status"] != "skipped")]
+    hypotheses = (*one.claim.given, *one.claim.all_of)
+    named = dict.fromkeys(name for hypothesis in hypotheses for name in hypothesis.algorithms)
+    absent = [name for name in named if name not in set(cells["algorithm"])]
+    return f"no runs of {' and '.join(absent)}" if absent else ""
+
+
+def _one_paper(sources: pd.Series) -> tuple[str, pd.Series]:
+    """What the note says of the paper that all sources are places in, and these places; else the sources as they are.
+
+    A source is the paper, a comma, and the place in it.
+    """
+    parts = sources.str.rpartition(", ")
+    papers = set(parts[0])
+    return (f" Sources are in {papers.pop()}.", parts[2]) if len(papers) == 1 and all(papers) else ("", sources)
 
 
 def _settings(sweep: Sweep, models: str) -> list[str]:

@@ -38,8 +38,9 @@ def score_summary(sweep: Sweep) -> Table:
     }  # fmt: skip
     note = (
         f"{headline_end(sweep)}. IQM: interquartile mean, of the runs without the highest "
-        f"and the lowest quarter. low, high: {_BOOTSTRAP} (for the IQM: 8 or more); for all settings together, "
-        f"resampled within each. {_WORST} (went wrong); those that are not over have no score (missing)."
+        f"and the lowest quarter. low, high: {_BOOTSTRAP}; for all settings together, resampled within each. IQM low, "
+        "IQM high: 95 % percentile bootstrap interval, where n is 8 or more, and of one model. "
+        f"{_WORST} (went wrong); those that are not over have no score (missing)."
     )
     numbers = ("mean", "low", "high", "IQM", "IQM low", "IQM high", "worst")
     formats = {**dict.fromkeys(numbers, "{:.3f}"), "its seed": "{:.0f}"}
@@ -149,6 +150,13 @@ def scaling(sweep: Sweep) -> Table:
     }  # fmt: skip
     found = _named(scaling_frame(headline_scaling_fits(sweep)), names)
     found[[midpoint, "C low", "C high"]] /= budget.scale
+    holds = found["no fit, because"].isna()
+    missed = found[~holds].groupby(["metric", "no fit, because"], sort=False)
+    remarks = [
+        f"No fit of {metric}, because {reason}: "
+        + ", ".join(f"{variant} on {model}" for variant, model in zip(own["algorithm"], own["model"], strict=True))
+        for (metric, reason), own in missed
+    ]
     note = (
         "R(C) = R0 + (A − R0) / (1 + (C_mid / C)^B), the sigmoid of ScaleRL (arXiv 2510.13786) over the budget C, from "
         "the cold start's level R0 to the asymptote A, fitted to the finished runs by least squares; low, high: 95 % "
@@ -157,7 +165,8 @@ def scaling(sweep: Sweep) -> Table:
     )
     three = ("asymptote", "A low", "A high", "predicted", "measured")
     formats = {**dict.fromkeys(three, "{:.3f}"), **dict.fromkeys(("steepness", "B low", "B high"), "{:.2f}")}
-    return Table("scaling_fit", "Scaling fit", note, found, formats)
+    shown = found[holds].drop(columns="no fit, because")
+    return Table("scaling_fit", "Scaling fit", note, found, formats, shown, remarks)
 
 
 def _named(rows: pd.DataFrame | list[dict[str, Any]], names: Mapping[str, str]) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """What was equal in a sweep, checked on what its runs recorded, and what differed by design."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_summary
 from harness.config import EQUAL_KEYS
 
+_SIDE_BY_SIDE = 8  # variants that have room beside each other
 _SPEEDS = 1.25  # that the updates of a variant's runs may lie apart, whose work is much the same
 
 
@@ -61,7 +63,7 @@ def speed_checks(sweep: Sweep) -> list[Check]:
 
 
 def algorithm_differences(sweep: Sweep) -> Table:
-    """The algorithm settings in which the variants that ran differ, side by side."""
+    """The algorithm settings in which the variants that ran differ, side by side; of many, what is unusual of each."""
     settings: dict[str, dict[str, list[Any]]] = {}
     cells = _that_ran(sweep.cells)
     cells = sweep.cells if cells.empty else cells
@@ -77,8 +79,31 @@ def algorithm_differences(sweep: Sweep) -> Table:
         texts = {variant: " / ".join(map(_plain, distinct(values.get(variant, [])))) for variant in ran}
         if len(set(texts.values())) > 1:
             rows.append({"setting": key, **texts})
-    note = "Only the settings that differ. A dash: the algorithm has no such setting. What is not listed is equal."
-    return Table("algorithm_settings", "What differs between the algorithms", note, pd.DataFrame(rows))
+    title, frame = "What differs between the algorithms", pd.DataFrame(rows)
+    if len(ran) <= _SIDE_BY_SIDE or frame.empty:
+        note = "Only the settings that differ. A dash: the algorithm has no such setting. What is not listed is equal."
+        return Table("algorithm_settings", title, note, frame)
+    usual, part = _unusual(frame, ran)
+    note = (
+        "Of each algorithm the settings that are not as most have them. A dash: it has no such setting. What is listed "
+        "nowhere is equal. The CSV has all settings that differ, side by side."
+    )
+    return Table("algorithm_settings", title, note, frame, part=part, remarks=[f"Most have {usual}."])
+
+
+def _unusual(frame: pd.DataFrame, variants: list[str]) -> tuple[str, pd.DataFrame]:
+    """The settings that most have, in words, and a line for each variant with those that it has otherwise."""
+    texts = frame.set_index("setting")[variants]
+    most = {key: Counter(line).most_common(1)[0][0] for key, line in zip(texts.index, texts.to_numpy(), strict=True)}
+    rows = [
+        {"algorithm": name, "unlike most": _listed({key: own for key, own in texts[name].items() if own != most[key]})}
+        for name in variants
+    ]
+    return _listed({key: text for key, text in most.items() if text}), pd.DataFrame(rows)
+
+
+def _listed(settings: dict[Any, str]) -> str:
+    return "; ".join(f"{key}: {text or '–'}" for key, text in settings.items())
 
 
 def _that_ran(cells: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +153,7 @@ def _one_value(what: str, values: pd.Series) -> Check:
 
 
 def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
-    """Whether a section of config.yaml is the same in all cells."""
+    """Whether a section of config.yaml is the same in all cells; of equal limits that which ended the runs is told."""
     flat = [flatten(_section(config, section), f"{section}.") for config in cells["config"] if config]
     if not flat:
         return Check(what, False, "not recorded")
@@ -137,7 +162,10 @@ def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
     differing = [f"{key}: {' against '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]
     if differing:
         return Check(what, False, "; ".join(differing))
-    return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in keys))
+    limits = f"{section}.limits."
+    acting = f"{limits}{values.get(f'{section}.axis', [''])[0]}"
+    told = [key for key in keys if key == acting or not key.startswith(limits)]
+    return Check(what, True, "; ".join(f"{key.removeprefix(f'{section}.')}: {_plain(values[key][0])}" for key in told))
 
 
 def _section(config: dict[str, Any], section: str) -> dict[str, Any]:

@@ -13,12 +13,11 @@ import pandas as pd
 
 from harness.analysis.decisions import differences, least_pairs
 from harness.analysis.intervals import (
-    MEAN,
     MIN_RUNS_FOR_INTERVAL,
     NONE,
     Interval,
+    mean_interval,
     probability_of_improvement,
-    trimmed_interval,
 )
 from harness.analysis.quantities import QUANTITIES, Score
 from harness.analysis.scores import counts, none_ended_well, paired
@@ -51,7 +50,7 @@ class Comparison(NamedTuple):
 
 def level(values: np.ndarray) -> Interval:
     """The mean, with its studentised bootstrap interval."""
-    return trimmed_interval([values], MEAN) if np.isfinite(values).all() else NONE
+    return mean_interval([values]) if np.isfinite(values).all() else NONE
 
 
 def difference(x: np.ndarray, y: np.ndarray) -> Interval:

@@ -9,9 +9,10 @@ from scipy import stats
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 MIN_RUNS_FOR_INTERVAL = 3  # with two, an interval of their mean is anything
-MIN_RUNS_FOR_TRIMMED = 8  # with fewer, a trimmed mean's interval can lie far outside of the runs themselves
+MIN_RUNS_FOR_INTERQUARTILE = 8  # with fewer, the interval of their interquartile mean covers 87 to 92 %
 MIN_PAIRS_FOR_PLACEMENTS = 5  # with fewer, what runs share by their seed is not told from chance
-MEAN, INTERQUARTILE = 0.0, 0.25  # the share of runs that a trimmed mean leaves out at either end
+_TAIL = (1 - CONFIDENCE) / 2
+_QUARTER = 0.25  # of the runs, which the interquartile mean leaves out at either end
 _Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 _NEAREST = 0.92  # coverage of the range of the runs below which it is no 95 % interval of their median
 
@@ -67,41 +68,50 @@ def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _studentised(mean, error, means, np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)))
 
 
-def trimmed_interval(strata: list[np.ndarray], cut: float) -> Interval:
-    """The mean of what is left of all runs without the share `cut` at either end, with its bootstrap interval.
-
-    As :func:`bootstrap_interval`, resampled within strata. `cut` 0 is the mean, 0.25 the interquartile mean of rliable
-    (Agarwal et al. 2021), whose standard error is that of the winsorised runs (Tukey and McLaughlin 1963).
+def mean_interval(strata: list[np.ndarray]) -> Interval:
+    """The mean of all runs with its bootstrap interval: as :func:`bootstrap_interval`, resampled within strata.
 
     Args:
-        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs (eight where the cut leaves
-            some out), or one run in a stratum, or where those that are left are equal and those left out are not: the
-            spread is then unknown, and not 0.
+        strata: the runs of each setting, `[n]` each. No interval with fewer than three runs, or one run in a stratum.
     """
     sizes, values = tuple(map(len, strata)), np.concatenate(strata)
-    if len(values) < (MIN_RUNS_FOR_TRIMMED if cut else MIN_RUNS_FOR_INTERVAL) or min(sizes) < 2:
-        return NONE._replace(value=float(stats.trim_mean(values, cut)) if len(values) else np.nan)
+    if len(values) < MIN_RUNS_FOR_INTERVAL or min(sizes) < 2:
+        return NONE._replace(value=float(values.mean()) if len(values) else np.nan)
     index, noise = _draws(sizes)
-    value, error, by_run = _trimmed(values, sizes, cut)
-    if error == 0 and any(np.ptp(runs) > 0 for runs in strata):
-        return NONE._replace(value=float(value))
-    value_of, errors_of, _ = _trimmed(values[index] + by_run * noise, sizes, cut)
+    value, error, by_run = _with_error(values, sizes)
+    value_of, errors_of, _ = _with_error(values[index] + by_run * noise, sizes)
     low, high = _studentised(value, error, value_of - value, errors_of)
     return Interval(float(value), float(low), float(high))
 
 
-def _trimmed(values: np.ndarray, sizes: tuple[int, ...], cut: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `[..., n]`: the trimmed mean, its standard error `[...]`, and the error of each run's stratum `[..., n]`."""
-    n = values.shape[-1]
-    out = int(cut * n)
-    ordered = np.sort(values, axis=-1)
-    winsorised = np.clip(values, ordered[..., [out]], ordered[..., [n - out - 1]])
-    parts = np.split(winsorised, np.cumsum(sizes)[:-1], axis=-1)
-    scale = 1 - 2 * out / n
-    variances = np.stack([part.var(axis=-1, ddof=1) for part in parts], axis=-1) / scale**2  # [..., strata]
-    error = np.sqrt((variances * sizes).sum(axis=-1)) / n
-    by_run = np.repeat(np.sqrt(variances / sizes), sizes, axis=-1)
-    return ordered[..., out : n - out].mean(axis=-1), error, by_run
+def interquartile_interval(strata: list[np.ndarray]) -> Interval:
+    """The interquartile mean of all runs (rliable, Agarwal et al. 2021) with its percentile bootstrap interval.
+
+    For a mean that leaves out so much, the percentile bootstrap is the better one (Wilcox 2012, ch. 4.4): of eight runs
+    it covers 93 to 94 % where they are normal, exponential, lognormal, uniform or of Student's t with 3 degrees, is
+    half as wide as their range, and never leaves it. The studentised one covers 91 to 95 %, but is 0.7 to 0.9 times as
+    wide as the range and leaves it in 48 to 74 % of the cases: with four runs that count, resamples repeat one of them
+    until their spread is next to nothing.
+
+    Args:
+        strata: the runs of each setting, `[n]` each. No interval with fewer than eight runs, nor of several settings:
+            where their levels lie apart it would cover 88 % with eight runs of each.
+    """
+    values = np.concatenate(strata)
+    value = float(stats.trim_mean(values, _QUARTER)) if len(values) else np.nan
+    if len(strata) > 1 or len(values) < MIN_RUNS_FOR_INTERQUARTILE:
+        return NONE._replace(value=value)
+    index, _ = _draws((len(values),))
+    low, high = np.quantile(stats.trim_mean(values[index], _QUARTER, axis=-1), [_TAIL, 1 - _TAIL])
+    return Interval(value, float(low), float(high))
+
+
+def _with_error(values: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `[..., n]`: the mean, its standard error `[...]`, and the error of each run's stratum `[..., n]`."""
+    parts = np.split(values, np.cumsum(sizes)[:-1], axis=-1)
+    variances = np.stack([part.var(axis=-1, ddof=1) for part in parts], axis=-1)  # [..., strata]
+    error = np.sqrt((variances * sizes).sum(axis=-1)) / values.shape[-1]
+    return values.mean(axis=-1), error, np.repeat(np.sqrt(variances / sizes), sizes, axis=-1)
 
 
 def _studentised(
@@ -110,8 +120,7 @@ def _studentised(
     """(low, high) from the resamples' deviations from the value and their standard errors, `[..., R]` each."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = deviations / errors
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail], axis=-1)
+    low, high = np.quantile(ratios, [_TAIL, 1 - _TAIL], axis=-1)
     equal = error == 0  # all runs, and so all resamples, whose ratios are 0 / 0
     return np.where(equal, value, value - high * error), np.where(equal, value, value - low * error)
 

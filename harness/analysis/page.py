@@ -11,13 +11,13 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from harness.analysis.evidence import axis_sentences, headline_verdicts
-from harness.analysis.fairness import algorithm_differences, checks
+from harness.analysis.fairness import checks
 from harness.analysis.figures import all_figures
 from harness.analysis.scores import COUNTED, WORST
 from harness.analysis.style import budget_text, figure_style, save
 from harness.analysis.sweep import Sweep, distinct
 from harness.analysis.table import Table, markdown_text
-from harness.analysis.tables import all_tables, final_scores, score_overview
+from harness.analysis.tables import all_tables, final_scores, score_overview, search_sentences
 from harness.analysis.tuning import tuning_sentence
 from harness.analysis.verdicts import headlines
 from harness.analysis.view import arguments, notes
@@ -33,7 +33,8 @@ _SECTIONS = {
     "samples": "Samples",
     "provenance": "Provenance",
 }
-_PLACES = {  # of tables in these sections; the others stand in "tables"
+_PLACES = {  # of tables in these sections; the others stand in "tables", and those of a search before the verdict's
+    "learning_rate_search": "search",
     "verdicts": "verdict",
     "claims": "claims",
     "completion_grid": "cells",
@@ -48,9 +49,16 @@ _FILES_ONLY = ("completion",)  # the page has the grid
 
 @dataclass(frozen=True)
 class Report:
-    """Where a report was written, and what its reader should hear first: scores, and counts of cells by status."""
+    """Where a report was written, and what its reader should hear first.
+
+    Attributes:
+        headlines, findings: the verdict in sentences, and what else bears on it.
+        counts: cells by status.
+    """
 
     folder: Path
+    headlines: list[str]
+    findings: list[str]
     scores: Table
     counts: dict[str, int]
 
@@ -81,11 +89,13 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     """
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    tables = [*all_tables(sweep), algorithm_differences(sweep)]
+    tables = all_tables(sweep)
     for table in tables:
         table.save(folder / "tables")
     placed = _placed(tables)
-    report = Report(folder, final_scores(sweep), _counts(sweep))
+    verdict = [*search_sentences(sweep), *headlines(headline_verdicts(sweep), sweep.baseline)]
+    findings = [*axis_sentences(sweep), tuning_sentence(sweep)]
+    report = Report(folder, verdict, findings, final_scores(sweep), _counts(sweep))
     context = {
         "title": f"Levelfield: {sweep.name}",
         "counts": counted(report.counts),
@@ -94,10 +104,10 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
         "sections": {name: title for name, title in _SECTIONS.items() if name not in _OPTIONAL or placed[name]},
         "overview": score_overview(sweep),
         "notes": notes(sweep),
-        "headlines": headlines(headline_verdicts(sweep), sweep.baseline),
-        "findings": [*axis_sentences(sweep), tuning_sentence(sweep)],
+        "headlines": verdict,
+        "findings": findings,
         "budget": f"{budget_text(sweep)} ({sweep.axis})",
-        "cells": len(sweep.cells),
+        "cells": f"{len(sweep.cells)} cell{'' if len(sweep.cells) == 1 else 's'}",
         "figures": _figures(sweep, folder / "figures"),
         "tables": placed,
         "checks": checks(sweep),

@@ -11,6 +11,7 @@ function keyOf(row, column) {
 
 function compare(a, b) {
   if (typeof a === "string" && typeof b === "string") return words.compare(a, b);
+  if (typeof a !== typeof b) return typeof a === "string" ? 1 : -1; // "over 1,000", among numbers
   return (a > b) - (a < b);
 }
 

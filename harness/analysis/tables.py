@@ -18,6 +18,7 @@ from harness.analysis.evidence_tables import (
     stabilities,
     times_to_target,
 )
+from harness.analysis.fairness import algorithm_differences
 from harness.analysis.figures import (
     CLIP_FRACTION,
     EXPERT_CHANGE,
@@ -49,7 +50,7 @@ def all_tables(sweep: Sweep) -> list[Table]:
         equal_budget_means, times_to_target, stabilities, scaling,
         final_scores, rewards, budgets, phases, clip_fractions, expert_changes,
         tuning_trials, tuning_sensitivity, learning_rate_search,
-        completion_grid, completion, samples,
+        completion_grid, completion, algorithm_differences, samples,
     ]  # fmt: skip
     return [table for function in functions if len((table := function(sweep)).frame)]
 
@@ -80,7 +81,7 @@ def verdict_table(sweep: Sweep) -> Table:
             "difference": one.difference, "low": one.low, "high": one.high, "pairs": one.n,
             **({"went wrong": one.worst} if any(other.worst for other in found) else {}),
             "p (Holm)": one.p_holm,
-            "further seeds": "over 1,000" if one.further_seeds is None else str(one.further_seeds),
+            "further seeds": "over 1,000" if one.further_seeds is None else one.further_seeds,
         }
         for one in found
     ]  # fmt: skip
@@ -95,7 +96,21 @@ def verdict_table(sweep: Sweep) -> Table:
     if sweep.limits:
         note += f" At an equal budget of {sweep.axis}: {budget_text(sweep)}."
     formats = dict.fromkeys(("difference", "low", "high"), "{:+.3f}")
-    return Table("verdicts", "Verdicts", note, pd.DataFrame(rows), formats)
+    frame = pd.DataFrame(rows)
+    undecidable = _undecidable(found)
+    part = frame[~frame["model"].isin(undecidable)] if undecidable else None
+    return Table("verdicts", "Verdicts", note, frame, formats, part, list(undecidable.values()))
+
+
+def _undecidable(found: list[Verdict]) -> dict[str, str]:
+    """The models on which all pairs have too few runs, and what stands in the place of their lines."""
+    by_model = {one.setting: [other for other in found if other.setting == one.setting] for one in found}
+    return {
+        model: f"{model}: all pairs of algorithms ({len(here)}) are left out here, for a verdict takes {here[0].least} "
+        f"pairs of runs, and none has more than {max(one.n for one in here)}; the CSV has their differences."
+        for model, here in by_model.items()
+        if all(one.outcome == "too few" for one in here)
+    }
 
 
 def _decided(found: list[Verdict]) -> str:
@@ -241,6 +256,17 @@ def learning_rate_search(sweep: Sweep) -> Table:
     return Table("learning_rate_search", "Learning-rate search", note, frame)
 
 
+def search_sentences(sweep: Sweep) -> list[str]:
+    """What a learning-rate search was for; nothing where there was none, or no rate has all its runs."""
+    found = learning_rate_search(sweep).frame
+    if found.empty:
+        return []
+    best = found[found["best"] != ""]
+    rates = best["learning_rate"].map("{:g}".format).groupby(best["algorithm"], sort=False).apply(" and ".join)
+    listed = ", ".join(f"{rate} for {algorithm}" for algorithm, rate in rates.items())
+    return [f"The best learning rates by mean training reward: {listed}."] if listed else []
+
+
 def completion(sweep: Sweep) -> Table:
     """Status and reason of every cell."""
     columns = {"variant": "algorithm", "setting": "model", "seed": "seed", "status": "status", "reason": "reason"}
@@ -249,15 +275,15 @@ def completion(sweep: Sweep) -> Table:
 
 
 def completion_grid(sweep: Sweep) -> Table:
-    """Status of every cell, one line per algorithm and model, one column per seed, with the reasons in words."""
+    """Status of every cell, one line per algorithm and model, one column per seed; below it the reasons in words."""
     seeds = sorted({int(seed) for seed in sweep.cells["seed"].dropna()})
     rows = []
     for variant, setting, cells in sweep.groups(sweep.cells):
         status = dict(zip(cells["seed"], cells["status"], strict=True))
         by_seed = {f"seed {seed}": status.get(seed) for seed in seeds}
-        rows.append({"algorithm": variant, "model": setting, **by_seed, "reasons": _reasons(cells)})
+        rows.append({"algorithm": variant, "model": setting, **by_seed})
     note = "Every cell of the sweep, none left out. Done: it reached the budget's limit. A dash: it is not in the plan."
-    return Table("completion_grid", "Completion", note, pd.DataFrame(rows))
+    return Table("completion_grid", "Completion", note, pd.DataFrame(rows), remarks=_reasons(sweep))
 
 
 def samples(sweep: Sweep) -> Table:
@@ -278,14 +304,17 @@ def samples(sweep: Sweep) -> Table:
     return Table("samples", "Completions over training", note, frame, {"budget": "{:.0%}"})
 
 
-def _reasons(cells: pd.DataFrame) -> str:
-    """Of the cells of one line that have a reason; those that share it are named together."""
-    told = cells[cells["reason"].map(lambda reason: isinstance(reason, str) and bool(reason))]
-    parts = []
+def _reasons(sweep: Sweep) -> list[str]:
+    """Why cells ended as they did; those that share status and reason are named together."""
+    told = sweep.cells[sweep.cells["reason"].map(lambda reason: isinstance(reason, str) and bool(reason))]
+    found = []
     for (status, reason), alike in told.groupby(["status", "reason"], sort=False):
-        seeds = ", ".join(f"{seed:.0f}" for seed in alike["seed"])
-        parts.append(f"{status} (seed{'s' if len(alike) > 1 else ''} {seeds}): {reason}")
-    return "; ".join(parts)
+        where = []
+        for variant, setting, cells in sweep.groups(alike):
+            seeds = ", ".join(f"{seed:.0f}" for seed in cells["seed"])
+            where.append(f"{variant} on {setting} (seed{'s' if len(cells) > 1 else ''} {seeds})")
+        found.append(f"{str(status).capitalize()}: {', '.join(where)}: {reason}")
+    return found
 
 
 def _means_of_metrics(sweep: Sweep, names: dict[str, str]) -> pd.DataFrame:

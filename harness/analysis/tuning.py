@@ -48,9 +48,9 @@ def tuning_trials(sweep: Sweep) -> Table:
         settings = {key.rpartition(".")[2]: value for key, value in runs["settings"].iloc[0].items()}
         rows.append(
             {"algorithm": algorithm, "model": setting, **settings, "runs": len(runs)}
-            | {"score": runs["score"].mean(skipna=False), "lowest": runs["score"].min(), "highest": runs["score"].max()}
+            | {"score": runs["score"].mean(skipna=False), "chosen": "chosen" if runs["chosen"].all() else ""}
+            | {"lowest": runs["score"].min(), "highest": runs["score"].max()}
             | {axis: runs[column].sum() for column, axis in costs.items()}
-            | {"chosen": "chosen" if runs["chosen"].all() else ""}
         )
     note = (
         "Score: mean of reward/mean over the steps within a trial's budget, then over its seeds, none of which the "

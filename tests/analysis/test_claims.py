@@ -377,6 +377,38 @@ def test_the_table_has_a_line_for_every_claim_and_model(planted: Sweep):
     ]
 
 
+def test_the_paper_that_all_claims_are_of_is_named_once(planted: Sweep, tmp_path: Path):
+    table = claims_table(planted)
+    assert set(table.shown["source"]) <= {f"section {place}" for place in ("2", "5.1", "5.2", "5.3", "5.4")}
+    assert table.note.endswith(" Sources are in Zheng et al. 2025, arXiv 2507.18071.")
+    assert table.frame["source"].str.startswith("Zheng et al. 2025, arXiv 2507.18071, section ").all()
+    own = (conf_dir() / "claims" / "clip_fraction.yaml").read_text().replace("Zheng et al.", "Someone else")
+    (tmp_path / "own.yaml").write_text(own)
+    assert "Sources are in" not in claims_table(replace(planted, claims=tmp_path)).note
+
+
+def test_claims_about_algorithms_that_were_not_run_are_listed_below_the_table(tmp_path: Path):
+    cells = [Cell(name, "tiny_moe", seed) for name in ("grpo", "gspo") for seed in range(4)]
+    table = claims_table(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    shown, kept = set(table.shown["claim"]), set(table.frame["claim"])
+    assert "GSPO learns faster than GRPO" in shown and shown < kept
+    critic = "PPO's critic costs about as much compute and memory as the policy"
+    assert f"Not tested, for there are no runs of ppo: {critic} (tiny_moe)." in table.remarks
+    folded = {claim for claim in kept - shown if sum(claim in remark for remark in table.remarks) == 1}
+    assert folded == kept - shown and not shown & {claim for claim in kept if claim in " ".join(table.remarks)}
+    assert not table.shown["measured"].str.startswith("no runs of").any()
+
+
+def test_claims_about_another_kind_of_model_are_listed_below_the_table(tmp_path: Path):
+    cells = [Cell(name, "tiny_dense", seed) for name in ("grpo", "gspo") for seed in range(4)]
+    table = claims_table(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert set(table.shown["model"]) == {"tiny_dense"}
+    assert any(
+        remark.startswith("Not tested, for there are no runs of a mixture-of-experts model: ")
+        for remark in table.remarks
+    )
+
+
 def test_a_sweep_that_tests_no_claim_has_no_table():
     assert claims_table(toy_sweep(runs("a", [0.9, 0.9, 0.9]))).frame.empty
 

@@ -52,6 +52,19 @@ def test_a_setting_that_should_be_equal_is_named_with_its_values(tmp_path: Path)
     assert found["budget settings"].equal
 
 
+def test_of_the_limits_that_were_equal_the_one_in_force_is_told(sweep: Sweep) -> None:
+    assert by_name(checks(sweep))["budget settings"] == Check(
+        "budget settings", True, "axis: flops; limits.flops: 1e+12"
+    )
+
+
+def test_limits_that_differ_are_all_told(tmp_path: Path) -> None:
+    budget = {"budget": {"axis": "flops", "limits": {"flops": 1e12, "updates": 300.0}}}
+    cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 0, config=budget)]
+    found = by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))["budget settings"]
+    assert found == Check("budget settings", False, "budget.limits.updates: 200 against 300")
+
+
 def test_different_seeds_are_not_the_same_prompts(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_dense", 0), Cell("ppo", "tiny_dense", 1)]
     assert not by_name(checks(read_sweep(write_sweep(tmp_path / "sweep", cells))))["seeds on tiny_dense"].equal
@@ -65,6 +78,19 @@ def test_only_settings_that_differ_stand_side_by_side(sweep: Sweep) -> None:
     assert frame.loc["completions_per_prompt", "ppo"] == "1"
     assert frame.loc["critic.learning_rate", "ppo"] == "0.001"
     assert "minibatches" not in frame.index
+
+
+def test_of_many_algorithms_what_is_unusual_of_each_is_told(tmp_path: Path) -> None:
+    names = [f"a{number}" for number in range(9)]
+    usual = {"surrogate": {"name": "clip", "clip_low": 0.2}, "minibatches": 8}
+    cells = [Cell(name, "tiny_dense", 0, config={"algorithm": {"name": name, **usual}}) for name in names]
+    cells[3].config["algorithm"] = {"name": "a3", "surrogate": {"name": "plain"}, "minibatches": 1}
+    table = algorithm_differences(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert table.header == ["algorithm", "unlike most"] and [line[0] for line in table.rows] == names
+    assert table.rows[3][1] == "surrogate.name: plain; surrogate.clip_low: –; minibatches: 1"
+    assert {line[1] for line in table.rows if line[0] != "a3"} == {"–"}
+    assert table.remarks == ["Most have surrogate.name: clip; surrogate.clip_low: 0.2; minibatches: 8."]
+    assert list(table.frame) == ["setting", *names] and len(table.frame) == 3
 
 
 def test_other_package_versions_are_found(tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ import pytest
 from scipy import stats
 
 from harness.analysis.intervals import (
-    INTERQUARTILE,
-    MEAN,
     bootstrap_interval,
+    interquartile_interval,
+    mean_interval,
     median_interval,
     probability_of_improvement,
     share_interval,
-    trimmed_interval,
 )
 
 SIMULATIONS = 1000
@@ -56,14 +55,14 @@ def test_with_few_runs_it_is_wide_rather_than_wrong(n: int) -> None:
 @pytest.mark.parametrize("name", ["normal", "exponential"])
 def test_the_interval_of_the_interquartile_mean_covers_it(name: str, n: int) -> None:
     runs = SCORES[name].rvs((SIMULATIONS, n), random_state=n)
-    found = np.array([trimmed_interval([one], INTERQUARTILE) for one in runs])
-    assert 0.92 <= share_inside(interquartile_mean_of(SCORES[name]), found[:, 1], found[:, 2]) <= 0.97
+    found = np.array([interquartile_interval([one]) for one in runs])
+    assert 0.91 <= share_inside(interquartile_mean_of(SCORES[name]), found[:, 1], found[:, 2]) <= 0.97
 
 
 def test_the_interval_over_settings_resamples_within_them() -> None:
     random = np.random.default_rng(0)
     settings = random.normal(0.3, 0.05, (SIMULATIONS, 6)), random.normal(0.8, 0.02, (SIMULATIONS, 6))
-    found = np.array([trimmed_interval([a, b], MEAN) for a, b in zip(*settings, strict=True)])
+    found = np.array([mean_interval([a, b]) for a, b in zip(*settings, strict=True)])
     assert 0.92 <= share_inside(0.55, found[:, 1], found[:, 2]) <= 0.97
     assert (found[:, 2] - found[:, 1]).max() < 0.2  # without strata it would be half a point, or two
 
@@ -106,49 +105,56 @@ def test_the_bootstrap_interval_is_the_same_every_time_and_taken_pointwise() -> 
     assert np.array_equal(bootstrap_interval(runs)[0], low)
     assert low.shape == high.shape == (4,)
     assert bootstrap_interval(runs[:, 2]) == pytest.approx((low[2], high[2]))
-    assert trimmed_interval([runs[:, 2]], MEAN) == pytest.approx((runs[:, 2].mean(), low[2], high[2]))
+    assert mean_interval([runs[:, 2]]) == pytest.approx((runs[:, 2].mean(), low[2], high[2]))
 
 
 def test_it_moves_and_stretches_with_the_scores() -> None:
     runs = np.array([0.2, 0.5, 0.3, 0.45, 0.7, 0.35, 0.6, 0.25])
     low, high = bootstrap_interval(runs)
     assert bootstrap_interval(10 * runs - 3) == pytest.approx((10 * low - 3, 10 * high - 3))
-    assert trimmed_interval([10 * runs - 3], INTERQUARTILE) == pytest.approx(
-        [10 * bound - 3 for bound in trimmed_interval([runs], INTERQUARTILE)]
+    assert interquartile_interval([10 * runs - 3]) == pytest.approx(
+        [10 * bound - 3 for bound in interquartile_interval([runs])]
     )
 
 
 def test_runs_that_are_all_equal_leave_no_doubt() -> None:
     low, high = bootstrap_interval(np.array([[0.5, 1.0], [0.5, 2.0], [0.5, 3.0]]))
     assert (low[0], high[0]) == (0.5, 0.5) and low[1] < 2 < high[1]
-    assert trimmed_interval([np.full(8, 0.5)], INTERQUARTILE) == (0.5, 0.5, 0.5)
+    assert interquartile_interval([np.full(8, 0.5)]) == (0.5, 0.5, 0.5)
 
 
-def test_equal_runs_in_the_middle_of_others_leave_the_spread_unknown() -> None:
-    found = trimmed_interval([np.array([0.1, 0.2, 0.5, 0.5, 0.5, 0.5, 0.8, 0.9])], INTERQUARTILE)
-    assert found.value == 0.5 and np.isnan([found.low, found.high]).all()
+def test_the_interval_of_the_interquartile_mean_does_not_leave_the_runs() -> None:
+    runs = SCORES["exponential"].rvs((100, 8), random_state=0)
+    found = np.array([interquartile_interval([one]) for one in runs])
+    assert (runs.min(axis=1) <= found[:, 1]).all() and (found[:, 2] <= runs.max(axis=1)).all()
+    assert np.median((found[:, 2] - found[:, 1]) / np.ptp(runs, axis=1)) == pytest.approx(0.55, abs=0.05)
+
+
+def test_an_interquartile_mean_of_several_settings_has_no_interval() -> None:
+    found = interquartile_interval([np.linspace(0.1, 0.2, 8), np.linspace(0.8, 0.9, 8)])
+    assert found.value == pytest.approx(0.5) and np.isnan([found.low, found.high]).all()
 
 
 def test_an_interquartile_mean_of_a_few_runs_has_no_interval() -> None:
-    found = trimmed_interval([np.array([0.852, 0.868, 0.876, 0.885, 0.898])], INTERQUARTILE)
+    found = interquartile_interval([np.array([0.852, 0.868, 0.876, 0.885, 0.898])])
     assert found.value == pytest.approx(0.8763, abs=1e-4) and np.isnan([found.low, found.high]).all()
-    assert not np.isnan(trimmed_interval([np.linspace(0.85, 0.9, 8)], INTERQUARTILE)).any()
+    assert not np.isnan(interquartile_interval([np.linspace(0.85, 0.9, 8)])).any()
 
 
 def test_two_runs_or_one_in_a_stratum_have_a_value_but_no_interval() -> None:
     for strata in ([np.array([0.2, 0.4])], [np.array([0.1, 0.2, 0.3]), np.array([0.6])]):
-        found = trimmed_interval(strata, MEAN)
+        found = mean_interval(strata)
         assert found.value == pytest.approx(0.3) and np.isnan([found.low, found.high]).all()
-    assert np.isnan(trimmed_interval([np.empty(0)], MEAN)).all()
+    assert np.isnan(mean_interval([np.empty(0)])).all()
 
 
 # What rliable 1.2.0 returns for X and Y (runs x tasks): metrics.aggregate_iqm and aggregate_mean on both tasks and on
 # the first, metrics.probability_of_improvement on each task; tasks are settings here.
 def test_values_are_those_of_rliable() -> None:
-    assert trimmed_interval([*X.T], INTERQUARTILE).value == pytest.approx(0.7433333333333333)
-    assert trimmed_interval([*Y.T], INTERQUARTILE).value == pytest.approx(0.7183333333333334)
-    assert trimmed_interval([X[:, 0]], INTERQUARTILE).value == pytest.approx(0.85)
-    assert trimmed_interval([*X.T], MEAN).value == pytest.approx(0.737)
+    assert interquartile_interval([*X.T]).value == pytest.approx(0.7433333333333333)
+    assert interquartile_interval([*Y.T]).value == pytest.approx(0.7183333333333334)
+    assert interquartile_interval([X[:, 0]]).value == pytest.approx(0.85)
+    assert mean_interval([*X.T]).value == pytest.approx(0.737)
     assert probability_of_improvement(X[:, 0], Y[:, 0]).value == pytest.approx(0.68)
     assert probability_of_improvement(X[:, 1], Y[:, 1]).value == pytest.approx(0.6)
     ties = probability_of_improvement(np.array([0.5, 0.5, 0.7]), np.array([0.5, 0.6, 0.6]))
@@ -156,10 +162,9 @@ def test_values_are_those_of_rliable() -> None:
 
 
 def test_our_interval_holds_that_of_rliable_which_is_too_narrow_for_five_runs() -> None:
-    """Of X by library.get_interval_estimates, 20,000 resamples: mean 0.707 to 0.767, IQM 0.705 to 0.7767."""
-    mean, iqm = trimmed_interval([*X.T], MEAN), trimmed_interval([*X.T], INTERQUARTILE)
+    """Of X by library.get_interval_estimates, 20,000 resamples: 0.707 to 0.767."""
+    mean = mean_interval([*X.T])
     assert mean.low < 0.707 and 0.767 < mean.high
-    assert iqm.low < 0.705 and 0.7767 < iqm.high
 
 
 def test_that_all_runs_are_better_is_not_certainty() -> None:

@@ -183,6 +183,22 @@ def test_runs_that_went_wrong_are_counted_beside_their_verdict() -> None:
     assert "went wrong" not in verdict_table(headlined(sound)).frame
 
 
+def test_pairs_that_are_all_too_few_on_a_model_are_counted_below_the_verdicts() -> None:
+    ends = [0.5, 0.6, 0.55, 0.65]
+    runs = [
+        Run(name, seed, [0.2, end + 0.2 * (name == "a")], [0, 10], setting=model)
+        for name in "ab"
+        for model, seeds in (("large", ends), ("small", ends[:2]))
+        for seed, end in enumerate(seeds)
+    ]
+    table = verdict_table(headlined(runs))
+    assert [line[0] for line in table.rows] == ["large"] and len(table.frame) == 2
+    assert table.remarks == [
+        "small: all pairs of algorithms (1) are left out here, for a verdict takes 4 pairs of runs, and none has more "
+        "than 2; the CSV has their differences."
+    ]
+
+
 def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
     frame = pd.DataFrame({"number": [1 / 3, -np.inf, np.nan], "text": ["a", None, "–"], "flag": [True, False, True]})
     table = Table("x", "X", "", frame)
@@ -190,14 +206,27 @@ def test_cells_sort_by_every_digit_and_know_what_is_absent() -> None:
     assert table.sort_keys == [["0.3333333333333333", None, None], ["-Infinity", "", None], ["", "", None]]
 
 
+def test_a_column_of_numbers_may_have_words_in_it() -> None:
+    frame = pd.DataFrame({"seeds": [3, "over 1,000"], "flag": [True, False], "text": ["a", "7"]})
+    assert Table("x", "X", "", frame).numeric == [True, False, False]
+
+
 def test_the_grid_has_every_seed_and_every_reason(sweep: Sweep) -> None:
     table = completion_grid(sweep)
     assert len(table.frame) == 8 and table.header[2:5] == ["seed 0", "seed 1", "seed 2"]
     failed = row(table, algorithm="ppo", model="tiny_dense")
     assert failed["seed 1"] == "failed" and failed["seed 0"] == "done"
-    assert failed["reasons"] == "failed (seed 1): RuntimeError: <b>out of memory</b>"
-    skipped = row(table, algorithm="grpo_replay", model="tiny_dense")["reasons"]
-    assert skipped == "skipped (seeds 0, 1, 2): tiny_dense has no routers, so nothing to replay"
+    assert "Failed: ppo on tiny_dense (seed 1): RuntimeError: <b>out of memory</b>" in table.remarks
+    skipped = "grpo_replay on tiny_dense (seeds 0, 1, 2): tiny_dense has no routers, so nothing to replay"
+    assert f"Skipped: {skipped}" in table.remarks
+
+
+def test_a_reason_that_several_share_is_given_once(tmp_path: Path) -> None:
+    cells = [
+        Cell(name, "tiny_dense", seed, "skipped", "no routers", steps=0) for name in ("r2", "r3") for seed in (0, 1)
+    ]
+    table = completion_grid(read_sweep(write_sweep(tmp_path / "sweep", cells)))
+    assert table.remarks == ["Skipped: r2 on tiny_dense (seeds 0, 1), r3 on tiny_dense (seeds 0, 1): no routers"]
 
 
 def test_samples_are_of_the_first_the_middle_and_the_last_point(sweep: Sweep) -> None:
@@ -211,6 +240,16 @@ def test_samples_are_of_the_first_the_middle_and_the_last_point(sweep: Sweep) ->
     columns = ["run", "variant", "setting", "fraction", "prompt", "completion", "answer", "reward"]
     frame = samples(replace(sweep, samples=pd.DataFrame(rows, columns=columns))).frame
     assert frame["prompt"].tolist() == ["0.0 0", "0.0 1", "0.5 0", "0.5 1", "1.0 0", "1.0 1"]
+
+
+def test_a_part_is_displayed_with_its_remarks_and_the_csv_keeps_all(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"value": [1, 2], "reason": ["", "*none*"]})
+    table = Table("x", "X", "A note.", frame, part=frame[["value"]].head(1), remarks=["2: *none*"])
+    assert (table.header, table.rows, table.numeric, table.sort_keys) == (["value"], [["1"]], [True], [["1.0"]])
+    assert table.markdown() == "| value |\n| --- |\n| 1 |\n\n- 2: \\*none\\*\n"
+    assert replace(table, part=frame.head(0)).markdown() == "- 2: \\*none\\*\n"
+    table.save(tmp_path)
+    assert (tmp_path / "x.csv").read_text() == "value,reason\n1,\n2,*none*\n"
 
 
 def test_the_csv_keeps_every_digit(tmp_path: Path) -> None:

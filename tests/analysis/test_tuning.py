@@ -35,6 +35,7 @@ def test_every_trial_is_told_with_its_settings_and_which_was_chosen(tuned: Sweep
     assert list(frame["learning_rate"]) == [*_RATES, *_RATES]
     assert list(frame["runs"]) == [2] * 6
     assert list(frame["chosen"]) == ["", "chosen", "", "chosen", "", ""]
+    assert list(frame)[list(frame).index("score") + 1] == "chosen"  # what the reader looks for is in sight
     assert np.isneginf(frame["score"].iloc[-1]) and np.isfinite(frame["score"].iloc[:-1]).all()
     assert (frame["flops"].iloc[0] > 1.9e12) and (frame["lowest"] <= frame["highest"]).all()
 
