@@ -22,6 +22,12 @@ def git_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def cache_dir() -> Path:
+    """`$LEVELFIELD_CACHE`, or `levelfield` below the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "levelfield"
+    return Path(os.environ.get("LEVELFIELD_CACHE", default))
+
+
 def package_versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those that are installed."""
     return {name: found for name in packages if (found := _version(name))}

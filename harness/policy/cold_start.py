@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -19,19 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.config import ColdStartConfig, ModelConfig
 from harness.errors import ConfigError
-from harness.machine import package_versions
+from harness.machine import cache_dir, package_versions
 from harness.policy import loading
 from harness.policy.routing import routers
 from harness.policy.tokenizer import build_tokenizer
 from harness.runs.provenance import fingerprint
 from harness.tasks import PromptStream
 from harness.tasks.worked_solutions import WORKED_SOLUTIONS
-
-
-def cache_dir() -> Path:
-    """`$LEVELFIELD_CACHE`, or `levelfield` below the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "levelfield"
-    return Path(os.environ.get("LEVELFIELD_CACHE", default))
 
 
 def cold_start_dir(config: ModelConfig) -> Path:

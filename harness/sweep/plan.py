@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.cell import prepare
 from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
 from harness.errors import ConfigError, Declined, NothingToChoose
+from harness.machine import cache_dir
 from harness.refusals import REFUSED, refusal
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
@@ -97,8 +98,6 @@ def check_cache(configs: Sequence[RunConfig]) -> None:
     Raises:
         ConfigError: where a model is to be cold-started and the result could not be kept.
     """
-    from harness.policy.cold_start import cache_dir  # brings torch, which takes seconds
-
     if any(config.model.cold_start for config in configs):
         try:
             cache_dir().mkdir(parents=True, exist_ok=True)
