@@ -135,10 +135,11 @@ def highlighted(sweep: Sweep) -> list[str]:
     metric = headline_metric(sweep)
     if ran["algorithm"].nunique() <= len(_PALETTE) or metric is None:
         return sweep.variants
-    means = scores(sweep, metric).pivot_table("score", "variant", "setting", sort=False)
+    runs = scores(sweep, metric).pivot_table("score", "variant", ["setting", "seed"], sort=False)
+    means = runs.T.groupby("setting").mean().T
     ranks = means.rank(ascending=False).mean(axis=1).sort_values(kind="stable")
-    baseline = [sweep.baseline] if sweep.baseline in means.index else []
-    order = means.loc[[*baseline, *ranks.index.drop(baseline)]].drop_duplicates()
+    baseline = [sweep.baseline] if sweep.baseline in runs.index else []
+    order = runs.loc[[*baseline, *ranks.index.drop(baseline)]].drop_duplicates()
     return [variant for variant in sweep.variants if variant in order.index[:_HIGHLIGHTED]]
 
 
