@@ -268,7 +268,7 @@ def test_what_is_asked_for_is_said_and_made_again_by_the_command_in_the_page(tmp
         assert "largest that all finished runs reached: 1.28 thousand on tiny_dense" in text
         assert "area under the curve of training reward: better means more of it" in text
         assert "against the baseline grpo alone" in text
-        assert "On tiny_dense, against grpo on area under the curve of training reward: ppo is not ranked" in text
+        assert "On tiny_dense, compared with grpo on area under the curve of training reward. Not ranked, for" in text
     _run(*_made_by(report))
     assert files(report) == first
 
