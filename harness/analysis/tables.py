@@ -32,7 +32,7 @@ from harness.analysis.figures import (
 )
 from harness.analysis.phases import phase_costs
 from harness.analysis.statistics import Estimate, estimate, mean_over_steps
-from harness.analysis.style import budget_text, unit
+from harness.analysis.style import budget_text, highlighted, unit
 from harness.analysis.sweep import Sweep, columns_of, stopped_at
 from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_sensitivity, tuning_trials
@@ -56,13 +56,20 @@ def all_tables(sweep: Sweep) -> list[Table]:
 
 
 def score_overview(sweep: Sweep) -> Table:
-    """Final scores as one line per model and variant, below that of the cold start, one column per evaluation."""
+    """Final scores as one line per model and variant, below that of the cold start, one column per evaluation.
+
+    Of more algorithms than figures have colours for, in the order of the first evaluation's means.
+    """
     scores = final_scores(sweep).frame
     rows = []
     for setting, group in scores.groupby("model", sort=False) if len(scores) else ():
         start = group.groupby("evaluation")["cold start"].mean().dropna()
         rows.append({"model": setting, "algorithm": "cold start", **start.map("{:.3f}".format)})
-        for variant in sweep.variants:
+        variants = sweep.variants
+        if len(highlighted(sweep)) < len(variants):
+            first = group[group["evaluation"] == group["evaluation"].iloc[0]].set_index("algorithm")["mean"].dropna()
+            variants = sorted(variants, key=lambda name: -first.get(name, -np.inf))
+        for variant in variants:
             own = group[group["algorithm"] == variant].to_dict("records")
             rows.append({"model": setting, "algorithm": variant} | {row["evaluation"]: _score(row) for row in own})
     note = (
@@ -75,6 +82,8 @@ def score_overview(sweep: Sweep) -> Table:
 def verdict_table(sweep: Sweep) -> Table:
     """Who is better, pair by pair, and what would settle what is open."""
     found = headline_verdicts(sweep)
+    if sweep.baseline:  # all against one: a ranking
+        found = sorted(found, key=lambda one: (sweep.settings.index(one.setting), -np.nan_to_num(one.difference)))
     rows = [
         {
             "model": one.setting, "first": one.first, "first is": one.outcome, "second": one.second,

@@ -256,3 +256,13 @@ def test_the_csv_keeps_every_digit(tmp_path: Path) -> None:
     Table("x", "X", "", pd.DataFrame({"value": [1 / 3]})).save(tmp_path)
     assert (tmp_path / "x.csv").read_text() == "value\n0.3333333333333333\n"
     assert "0.333 |" in (tmp_path / "x.md").read_text()
+
+
+def test_many_algorithms_are_listed_in_the_order_of_their_scores(tmp_path: Path) -> None:
+    names = [f"a{place:02}" for place in range(12)]
+    cells = [Cell(name, "tiny_dense", seed, gain=0.3 * int(name[1:])) for name in names for seed in range(8)]
+    cells.append(Cell("none", "tiny_dense", 0, status="skipped", steps=0))
+    crowd = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    assert [line[1] for line in score_overview(crowd).rows] == ["cold start", *names[::-1], "none"]
+    against = verdict_table(replace(crowd, baseline="a05"))
+    assert list(against.frame["first"]) == [name for name in names[::-1] if name != "a05"]
