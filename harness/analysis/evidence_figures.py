@@ -112,7 +112,8 @@ def performance_profiles(sweep: Sweep) -> Drawing | None:
         return None
     settings = [setting for setting in sweep.settings if setting in set(data["setting"])]
     look, variants = looks(sweep), [variant for variant in sweep.variants if variant in set(data["variant"])]
-    band = {"step": "post", "linewidth": 0, "alpha": 0.3 / len(variants)}  # all lie over each other
+    banded = sum(not look[variant].faint for variant in variants)
+    band = {"step": "post", "linewidth": 0, "alpha": 0.3 / banded}  # all lie over each other
     figure, grid = panels(len(settings), [2.6])
     for column, setting in enumerate(settings):
         axes = grid[0, column]
