@@ -74,7 +74,6 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: for an unknown part, or a setting that is misspelt, absent or of another type.
     """
-    load_parts()
     key = f"algorithm.{kind}"
     name = config.get("name")
     if not isinstance(name, str) or name not in PARTS[kind]:

@@ -1,6 +1,6 @@
 """The figures behind the verdicts: pairs, equal budgets on every axis, performance profiles, and scaling fits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,10 +173,8 @@ def _axes_below(sweep: Sweep, found: Sequence[EqualBudget], data: pd.DataFrame, 
         axes = grid[0, column]
         for place, one in enumerate(found):
             _heading(axes, place * size, f"equal {_equal(sweep, one, setting)}")
-            for line in data[(data["setting"] == setting) & (data["axis"] == one.axis)].to_dict("records"):
-                at = place * size + 1 + variants.index(line["variant"])
-                interval = line["mean_low"], line["mean"], line["mean_high"]
-                _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
+            own = data[(data["setting"] == setting) & (data["axis"] == one.axis)]
+            _draw_means(axes, own, look, {name: place * size + 1 + at for at, name in enumerate(variants)})
         axes.locator_params(axis="x", nbins=6)
         axes.set(title=title(setting), xlabel=plain(headline_label(sweep)))
     places = [place * size + 1 + index for place in range(len(found)) for index in range(len(variants))]
@@ -196,15 +194,21 @@ def _axes_beside(sweep: Sweep, found: Sequence[EqualBudget], data: pd.DataFrame,
     for row, (setting, order) in enumerate(orders.items()):
         for column, one in enumerate(found):
             axes = grid[row, column]
-            for line in data[(data["setting"] == setting) & (data["axis"] == one.axis)].to_dict("records"):
-                interval = line["mean_low"], line["mean"], line["mean_high"]
-                at = order.index(line["variant"])
-                _draw_interval(axes, at, interval, look[line["variant"]].color, filled=line["unbeaten"])
+            own = data[(data["setting"] == setting) & (data["axis"] == one.axis)]
+            _draw_means(axes, own, look, {name: at for at, name in enumerate(order)})
             axes.locator_params(axis="x", nbins=4)
-            axes.set_title(f"{title(setting)}\nequal " + ":\n".join(_equal(sweep, one, setting).split(": ")))
+            axes.set_title(f"{title(setting)}\nequal " + _equal(sweep, one, setting).replace(": ", ":\n"))
             grid[-1, column].set_xlabel(plain(headline_label(sweep)))
         _label_lines(grid[row, 0], range(len(order)), order)
     return figure
+
+
+def _draw_means(axes: Axes, lines: pd.DataFrame, look: Mapping[str, Look], places: Mapping[str, float]) -> None:
+    """Means with their intervals, each variant's at its place."""
+    for line in lines.to_dict("records"):
+        interval = line["mean_low"], line["mean"], line["mean_high"]
+        name = line["variant"]
+        _draw_interval(axes, places[name], interval, look[name].color, filled=line["unbeaten"])
 
 
 def _shown(sweep: Sweep, pairs: Sequence[Verdict], setting: str) -> list[Verdict]:
@@ -265,12 +269,12 @@ def _line(look: Look) -> dict[str, Any]:
 
 def _draw_fit(axes: Axes, fit: ScalingFit, look: Look, budget: Unit, place: int) -> None:
     """The curve with its band and points; to the right, at its own place, the asymptote with its interval."""
-    points, color = _averaged(fit), look.color
-    if not look.faint:
-        axes.plot(points["x"] / budget.scale, points["y"], ".", color=color, markersize=4, alpha=0.55)
-    axes.plot(fit.x / budget.scale, fit.y, **_line(look))
     if look.faint:
+        axes.plot(fit.x / budget.scale, fit.y, **_line(look))
         return
+    points, color = _averaged(fit), look.color
+    axes.plot(points["x"] / budget.scale, points["y"], ".", color=color, markersize=4, alpha=0.55)
+    axes.plot(fit.x / budget.scale, fit.y, **_line(look))
     axes.fill_between(fit.x / budget.scale, fit.low, fit.high, color=color, alpha=0.14, linewidth=0)
     aside = fit.x[-1] / budget.scale * (1.05 + 0.035 * place)
     axes.plot([aside, aside], fit.asymptote[1:], color=color, linewidth=1.5, solid_capstyle="butt")

@@ -21,6 +21,7 @@ from harness.analysis.tables import all_tables, final_scores, score_overview, se
 from harness.analysis.tuning import tuning_sentence
 from harness.analysis.verdicts import headlines
 from harness.analysis.view import arguments, notes
+from harness.status import number
 
 _SECTIONS = {
     "verdict": "Verdict",
@@ -107,7 +108,7 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
         "headlines": verdict,
         "findings": findings,
         "budget": f"{budget_text(sweep)} ({sweep.axis})",
-        "cells": f"{len(sweep.cells)} cell{'' if len(sweep.cells) == 1 else 's'}",
+        "cells": number(sweep.cells),
         "figures": _figures(sweep, folder / "figures"),
         "tables": placed,
         "checks": checks(sweep),

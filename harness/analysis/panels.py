@@ -58,16 +58,15 @@ def draw_curve(axes: Axes, curve: Curve, look: Look, unit: Unit, *, log: bool = 
 
     A faint one is a thin line, whose interval would cover others'.
     """
-    if look.faint:
-        for x, y in [(curve.x, curve.mean)] if len(curve.x) else curve.finished.values():
-            axes.plot(x / unit.scale, _positive(y, log), color=look.color, linewidth=0.8, zorder=1)
-        return
     dashes = {"dashes": look.dashes} if look.dashes else {}
     style: dict[str, Any] = {"color": look.color, "marker": marker, "markersize": 3.5, **dashes}
+    if look.faint:
+        style |= {"linewidth": 0.8, "markersize": 2.0, "zorder": 1}
     if len(curve.x):
         axes.plot(curve.x / unit.scale, _positive(curve.mean, log), **style)
-        low = np.maximum(curve.low, np.finfo(float).tiny) if log else curve.low
-        axes.fill_between(curve.x / unit.scale, low, curve.high, color=look.color, alpha=0.16, linewidth=0)
+        if not look.faint:
+            low = np.maximum(curve.low, np.finfo(float).tiny) if log else curve.low
+            axes.fill_between(curve.x / unit.scale, low, curve.high, color=look.color, alpha=0.16, linewidth=0)
     else:
         for x, y in curve.finished.values():
             axes.plot(x / unit.scale, _positive(y, log), **{**style, "linewidth": 1.0, "alpha": 0.9})

@@ -140,6 +140,8 @@ def highlighted(sweep: Sweep) -> list[str]:
     ranks = means.rank(ascending=False).mean(axis=1).sort_values(kind="stable")
     baseline = [sweep.baseline] if sweep.baseline in runs.index else []
     order = runs.loc[[*baseline, *ranks.index.drop(baseline)]].drop_duplicates()
+    if len(order) < _HIGHLIGHTED:  # most have no score yet
+        return sweep.variants
     return [variant for variant in sweep.variants if variant in order.index[:_HIGHLIGHTED]]
 
 

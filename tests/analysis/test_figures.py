@@ -280,6 +280,24 @@ def test_of_more_algorithms_than_colours_the_best_have_one(crowd: Sweep) -> None
     assert set(drawing.data["variant"]) == set(crowd.variants)
 
 
+def test_runs_that_did_not_finish_are_drawn_of_the_others_too(crowd: Sweep) -> None:
+    lost = crowd.cells.loc[(crowd.cells["algorithm"] == "a00") & (crowd.cells["seed"] == 0), "run"]
+    runs, cells = (
+        frame.assign(status=frame["status"].where(~frame["run"].isin(lost), "diverged"))
+        for frame in (crowd.runs, crowd.cells)
+    )
+    drawing = training_reward(replace(crowd, runs=runs, cells=cells))
+    assert drawing is not None and "1 run that did not finish is a thin line ending" in drawing.caption
+    crosses = [line for line in drawing.figure.axes[0].lines if line.get_marker() == "x"]
+    assert [line.get_color() for line in crosses] == [looks(crowd)["a00"].color]
+
+
+def test_before_there_are_scores_all_have_a_colour(crowd: Sweep) -> None:
+    begun = {name: getattr(crowd, name).assign(status="running") for name in ("cells", "runs", "evaluations")}
+    early = replace(crowd, **begun)
+    assert highlighted(early) == crowd.variants
+
+
 def test_a_baseline_has_a_colour_among_many(crowd: Sweep) -> None:
     against = replace(crowd, baseline="a00")
     assert highlighted(against) == ["a00", *(f"a{place:02}" for place in range(4, 11))]
