@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,8 @@ from rich.text import Text
 
 from harness.errors import ConfigError
 from harness.runs.directory import METRICS, RERUN, RunDirectory, effective_status, parse_object
-from harness.runs.reading import NoRuns, is_compact, load_runs, read_sweep, run_directories
+from harness.runs.reading import NoRuns, is_compact, load_runs, read_config, read_sweep, run_directories
+from harness.runs.settings import differences
 
 # Most telling first: a terminal that is too small cuts the end.
 _ORDER = ("running", "failed", "diverged", "interrupted", "planned", "done", "skipped")
@@ -31,7 +32,7 @@ _TAIL = 16_384  # bytes, more than one line of metrics.jsonl
 class CellState:
     """A cell as its run directory shows it. Fractions are of 1, seconds are charged ones; None where not known.
 
-    `reason` says why it did not train to its end, or why that is worth nothing.
+    `label` is of :func:`labels`; `reason` says why it did not train to its end, or why that is worth nothing.
     """
 
     name: str
@@ -53,12 +54,27 @@ class CellState:
         return self.seconds * max(0.0, 1 - self.spent) / self.spent
 
 
-def read_cell(path: Path) -> CellState:
-    """What run.json and the last line of metrics.jsonl say."""
-    return _cell_state(path, _last_row(path / METRICS))
+def labels(paths: Iterable[Path]) -> dict[Path, str]:
+    """What to call cells: algorithm, model, task and seed, and of variants the settings in which they differ."""
+    found = {path: str(RunDirectory(path).read_status().get("label", path.name)) for path in paths}
+    counts = Counter(found.values())
+    for label in (label for label, count in counts.items() if count > 1):
+        told = differences({path: read_config(path / "config.yaml") for path in found if found[path] == label})
+        found |= {path: f"{label} {settings}".strip() for path, settings in told.items()}
+    return found
 
 
-def _cell_state(path: Path, row: Mapping[str, Any]) -> CellState:
+def read_cell(path: Path, label: str) -> CellState:
+    """What run.json and the last line of metrics.jsonl say.
+
+    Args:
+        path: a run directory.
+        label: of :func:`labels`.
+    """
+    return _cell_state(path, label, _last_row(path / METRICS))
+
+
+def _cell_state(path: Path, label: str, row: Mapping[str, Any]) -> CellState:
     run = RunDirectory(path).read_status()
     budget = run.get("budget", {})
     axis, limit = budget.get("axis"), budget.get("limit")
@@ -72,7 +88,7 @@ def _cell_state(path: Path, row: Mapping[str, Any]) -> CellState:
         )
     return CellState(
         name=path.name,
-        label=run.get("label", path.name),
+        label=label,
         status=effective_status(run),
         reason=reason,
         traceback=run.get("traceback"),
@@ -95,11 +111,12 @@ def read_cells(path: Path) -> list[CellState]:
         raise NoRuns(f"{path} holds no runs: give a sweep folder, e.g. results/NAME, or start one with harness.run -m")
     planned = [name for name in read_sweep(path).get("cells", []) if name in found]
     names = [*planned, *sorted(found.keys() - set(planned))]
+    called = labels(found[name] for name in names)
     if not is_compact(path):
-        return [read_cell(found[name]) for name in names]
+        return [read_cell(found[name], called[found[name]]) for name in names]
     rows = load_runs(path).dropna(subset="step").groupby("run").tail(1).to_dict("records")
     last = {row["run"]: {str(key): value for key, value in row.items()} for row in rows}
-    return [_cell_state(found[name], last.get(name, {})) for name in names]
+    return [_cell_state(found[name], called[found[name]], last.get(name, {})) for name in names]
 
 
 def summary(cells: Sequence[CellState]) -> str:
@@ -122,10 +139,9 @@ def table(cells: Sequence[CellState]) -> Group:
     rows.add_column("status", no_wrap=True)
     for heading in ("step", "reward", "clip fraction", "spent", "left"):
         rows.add_column(heading, justify="right", no_wrap=True)
-    labels = Counter(cell.label for cell in cells)
     for cell in sorted(cells, key=lambda cell: _ORDER.index(cell.status)):
         rows.add_row(
-            cell.label if labels[cell.label] == 1 else cell.name,  # variants of an algorithm share their label
+            cell.label,
             Text(_SHOWN.get(cell.status, cell.status), style=_STYLES.get(cell.status, "")),
             _number(cell.step, ".0f"),
             _number(cell.reward, ".3f"),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from harness.runs.directory import RunDirectory
@@ -109,6 +110,20 @@ def test_the_cells_stand_in_the_order_of_the_plan(tmp_path):
         _cell(tmp_path, label)
     (tmp_path / "sweep.json").write_text('{"cells": ["c-0123abcd", "a-0123abcd"]}')
     assert [cell.label for cell in read_cells(tmp_path)] == ["c", "a", "b"]
+
+
+def test_variants_of_an_algorithm_are_told_apart_by_what_differs(tmp_path):
+    for minibatches in (4, 8):
+        config = {"algorithm": {"name": "grpo", "minibatches": minibatches, "epochs": 1}, "seed": 0, "sweep": "s"}
+        path = tmp_path / f"grpo-s0-{minibatches}"
+        path.mkdir()
+        RunDirectory(path).update_status(label="grpo-s0", status="planned")
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    _cell(tmp_path, "ppo-s0")
+    told = ["grpo-s0 minibatches=4", "grpo-s0 minibatches=8", "ppo-s0"]
+    assert [cell.label for cell in read_cells(tmp_path)] == told
+    with Progress(sorted(path for path in tmp_path.iterdir()), Console(file=io.StringIO())) as progress:
+        assert [cell.label for cell in progress.cells()] == told
 
 
 def test_a_missing_folder_is_named_with_the_mend(tmp_path):

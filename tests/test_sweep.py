@@ -92,12 +92,12 @@ def _runs(sweep):
     return {run["algorithm"]: run for run in map(json.loads, (file.read_text() for file in files))}
 
 
-def _plan(*overrides):
+def _plan(*overrides, rehearsal=False):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
-        return expand(compose_jobs(config, hydra.config_loader))
+        return expand(compose_jobs(config, hydra.config_loader), rehearsal=rehearsal)
 
 
 def _finished(run, **provenance):
@@ -116,6 +116,13 @@ def test_cells_come_in_the_order_of_hydras_job_numbers():
     cells = _plan("algorithm=ppo,gspo", "seed=0,1", "sweep=s")
     expected = [f"{algorithm}-tiny_dense-chain_sum-s{seed}" for algorithm in ("ppo", "gspo") for seed in (0, 1)]
     assert [cell.config.label for cell in cells] == expected
+
+
+def test_an_interpolation_on_the_command_line_is_each_cells_own():
+    cells = _plan(
+        "algorithm=grpo", "algorithm.minibatches=4,8", "algorithm.name=grpo_${algorithm.minibatches}", "sweep=s"
+    )
+    assert [cell.config.algorithm.name for cell in cells] == ["grpo_4", "grpo_8"]
 
 
 def test_a_preset_may_name_the_cells_and_the_command_line_may_narrow_them(tmp_path):
@@ -257,6 +264,16 @@ def test_variants_of_an_algorithm_may_share_one_plan(tmp_path):
     cells = _plan(f"results={tmp_path}", "sweep=s", "algorithm.epochs=1,2")
     _finished(cells[0].config)
     check_folder(tmp_path / "s", [cell.config for cell in cells])
+
+
+def test_variants_of_one_name_are_not_tuned_together_since_they_would_share_their_trials():
+    variants = ["experiment=tuned", "algorithm=grpo", "model=tiny_dense", "seed=0", "algorithm.minibatches=4,8"]
+    with pytest.raises(ConfigError, match=r"variants of grpo-.*algorithm\.minibatches \(4, here 8\)") as refused:
+        _plan(*variants, rehearsal=True)
+    advice = re.search("e.g. '(.*)'", str(refused.value))
+    assert advice is not None
+    names = [cell.config.algorithm.name for cell in _plan(*variants, advice[1], rehearsal=True)]
+    assert names == ["grpo_4", "grpo_8"]
 
 
 def test_more_seeds_and_other_algorithms_join_a_folder(tmp_path):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from harness.analysis.sweep import Sweep, distinct, flatten
+from harness.analysis.sweep import Sweep
 from harness.analysis.table import Table
 from harness.analysis.tuning import tuning_summary
 from harness.config import EQUAL_KEYS
+from harness.runs.settings import distinct, flatten
 
 _SIDE_BY_SIDE = 8  # variants that have room beside each other
 _SPEEDS = 1.25  # that the updates of a variant's runs may lie apart, whose work is much the same

@@ -15,12 +15,13 @@ from harness.analysis.fairness import checks
 from harness.analysis.figures import all_figures
 from harness.analysis.scores import COUNTED, WORST
 from harness.analysis.style import budget_text, figure_style, save
-from harness.analysis.sweep import Sweep, distinct
+from harness.analysis.sweep import Sweep
 from harness.analysis.table import Table, markdown_text
 from harness.analysis.tables import all_tables, final_scores, score_overview, search_sentences
 from harness.analysis.tuning import tuning_sentence
 from harness.analysis.verdicts import headlines
 from harness.analysis.view import arguments, notes
+from harness.runs.settings import distinct
 from harness.status import number
 
 _SECTIONS = {

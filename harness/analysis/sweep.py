@@ -3,16 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from harness.config import NOT_NUMBERS
 from harness.runs import load_cells, load_evaluations, load_runs, load_samples
 from harness.runs.reading import PathLike
-
-# Where a run writes, never what it computes; and what a mean is taken over.
-_NOT_SETTINGS = (*NOT_NUMBERS, "seed")
+from harness.runs.settings import differences
 
 
 @dataclass(frozen=True, eq=False)  # frames have no one answer to ==, so that a sweep equals itself alone
@@ -151,32 +147,10 @@ def columns_of(frame: pd.DataFrame, prefix: str) -> dict[str, str]:
     return {name: name.removeprefix(prefix) for name in map(str, frame) if name.startswith(prefix)}
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
-
-
-def distinct(values: list[Any]) -> list[Any]:
-    """The different values, in order; works for lists and dicts too."""
-    return list({repr(value): value for value in values}.values())
-
-
 def _variants(cells: pd.DataFrame) -> pd.Series:
     """The algorithm's name, with the settings in which its runs of one model and task differ besides the seed."""
     names = dict(zip(cells["run"], cells["algorithm"].astype("str"), strict=True))
     for _, group in cells.groupby(["algorithm", "model", "task"], sort=False):
-        flat = {
-            run: flatten({key: value for key, value in config.items() if key not in _NOT_SETTINGS})
-            for run, config in zip(group["run"], group["config"], strict=True)
-            if config
-        }
-        keys = dict.fromkeys(key for settings in flat.values() for key in settings)
-        differing = [key for key in keys if len(distinct([settings.get(key) for settings in flat.values()])) > 1]
-        for run, settings in flat.items():
-            suffix = ", ".join(f"{key.rpartition('.')[2]}={settings.get(key)}" for key in differing)
-            names[run] = f"{names[run]} {suffix}".strip()
+        told = differences(dict(zip(group["run"], group["config"], strict=True)))
+        names |= {run: f"{names[run]} {settings}".strip() for run, settings in told.items()}
     return cells["run"].map(names)

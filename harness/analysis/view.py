@@ -12,8 +12,9 @@ import pandas as pd
 from harness.analysis.claims import load_claims
 from harness.analysis.scores import Metric, axes, headline_metric, scores
 from harness.analysis.style import budget_text, unit
-from harness.analysis.sweep import Sweep, columns_of, common_budget, distinct, flatten, stopped_at
+from harness.analysis.sweep import Sweep, columns_of, common_budget, stopped_at
 from harness.errors import ConfigError
+from harness.runs.settings import distinct, flatten
 
 _FILTERS = ("algorithm", "variant", "model", "task", "seed", "status")
 

@@ -130,6 +130,14 @@ def read_sweep(root: Path) -> dict[str, Any]:
     return read_object(root / SWEEP, "remove it, and give the sweep's command again")
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins."""
+    try:
+        return _parse_config(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError):  # a cell that is only now being set up
+        return {}
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; a last line that is still being written is left out.
 
@@ -161,7 +169,7 @@ def _lines(root: Path, name: str, table: str, first: list[str]) -> pd.DataFrame:
 
 def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
     run = RunDirectory(directory).read_status() if directory else {}
-    config = _read_config(directory / "config.yaml") if directory else {}
+    config = read_config(directory / "config.yaml") if directory else {}
     who = {**_from_name(name), **run}
     budget, limits = run.get("budget") or {}, config.get("budget") or {}
     axis = budget.get("axis") or limits.get("axis")
@@ -202,14 +210,6 @@ def _from_name(name: str) -> dict[str, Any]:
     label = name.rpartition("-")[0]
     task, seed = "-".join(parts[2:-2]), int(parts[-2][1:])
     return {"label": label, "algorithm": parts[0], "model": parts[1], "task": task, "seed": seed, "hash": parts[-1]}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins."""
-    try:
-        return _parse_config(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError):  # a cell that is only now being set up
-        return {}
 
 
 @lru_cache(maxsize=1024)  # every frame of a sweep reads its cells

@@ -67,7 +67,10 @@ def compose_jobs(config: DictConfig, loader: ConfigLoader) -> list[Job]:
         raise ConfigError(f"hydra/sweeper: {sweeper._target_} decides its cells as it goes; use the basic sweeper")
     try:
         presets = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-        arguments = presets + list(config.hydra.overrides.task)
+        # Not resolved, as in Hydra's own sweeper: interpolations are each cell's.
+        given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        assert isinstance(given, list)
+        arguments = presets + given
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         for override in overrides:
             if override.is_sweep_override() and not list(override.sweep_string_iterator()):
@@ -89,7 +92,10 @@ def expand(jobs: Sequence[Job], *, rehearsal: bool = False) -> list[Cell]:
         ConfigError: for the first cell that cannot run, or a plan that would compare what is not comparable.
     """
     cells = [_cell(job, rehearsal) for job in jobs]
-    _check_comparable([cell.config for cell in cells])
+    configs = [cell.config for cell in cells]
+    _check_comparable(configs)
+    if rehearsal:
+        _check_names(configs)
     return cells
 
 
@@ -219,6 +225,24 @@ def _check_comparable(configs: Sequence[RunConfig]) -> None:
         if config.run_name in seen:
             raise ConfigError(f"the plan has the cell {config.label} twice: remove one of the two")
         seen.add(config.run_name)
+
+
+def _check_names(configs: Sequence[RunConfig]) -> None:
+    """Refuse variants of one name in a comparison that is to be tuned: trials are told apart by names alone."""
+    first: dict[str, RunConfig] = {}
+    for config in configs:
+        other = first.setdefault(config.label, config)
+        if other is not config:
+            mine, its = ({key: asdict(run)[key] for key in CELL_KEYS} for run in (config, other))
+            difference = _first_difference(its, mine)
+            assert difference is not None  # or they were one cell twice
+            key = difference.partition(" ")[0]
+            section = key.partition(".")[0]
+            name = f"{section}.name={getattr(config, section).name}"
+            raise ConfigError(
+                f"tuning: the plan has variants of {config.label}, which differ in {difference} and would share their "
+                f"trials: give each a name of its own, e.g. '{name}_${{{key}}}'"
+            )
 
 
 def _holds_results(directory: RunDirectory) -> bool:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from harness.runs.directory import FINAL, RunDirectory
-from harness.status import CellState, read_cell, table
+from harness.status import CellState, labels, read_cell, table
 
 _INTERVAL = 1.0  # seconds
 _TRACEBACK_LINES = 12
@@ -24,6 +24,7 @@ class Progress:
         self._console = console
         # How an earlier attempt ended is no news: such a cell is to do until its run.json changes.
         self._before = {path: RunDirectory(path).read_status() for path in directories}
+        self._labels = labels(directories)
         self._settled: dict[Path, CellState] = {}  # these change no more: they need not be read every second
         self._told = {path: _milestone(self._state(path)) for path in directories}
         self._end = threading.Event()
@@ -54,7 +55,7 @@ class Progress:
         self._tell(plain=False)
 
     def _state(self, path: Path) -> CellState:
-        cell = self._settled.get(path) or read_cell(path)
+        cell = self._settled.get(path) or read_cell(path, self._labels[path])
         if cell.status in FINAL:
             self._settled[path] = cell
         if cell.status in ("failed", "interrupted") and RunDirectory(path).read_status() == self._before[path]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from harness.config import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
-from harness.status import make_console, number, read_cell, summary, table
+from harness.status import labels, make_console, number, read_cell, summary, table
 from harness.sweep.plan import Cell, check_cache, check_folder, compose_jobs, expand, freeze
 from harness.sweep.progress import Progress
 from harness.sweep.tuning import run_trials, wants_trials
@@ -83,7 +83,8 @@ def finish(code: int) -> int:
     _open.close()
     folder = directories[0].path.parent
     (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; the plan is in sweep.json and the config.yaml files
-    cells = [read_cell(directory.path) for directory in directories]
+    called = labels(directory.path for directory in directories)
+    cells = [read_cell(path, label) for path, label in called.items()]
     console = make_console()
     console.print(table(cells))
     console.print(Text(f"Runs: {folder}\nFigures: python -m harness.report {folder}"), soft_wrap=True)
@@ -96,6 +97,7 @@ def finish(code: int) -> int:
 def _print_plan(console: Console, folder: Path, cells: Sequence[Cell]) -> None:
     rows = Table("cell", "plan", box=None, pad_edge=False, header_style="bold")
     counts: Counter[str] = Counter()
+    called = labels(cell.config.run_dir for cell in cells)
     for cell in cells:
         directory = RunDirectory(cell.config.run_dir)
         status = directory.read_status()["status"]
@@ -104,7 +106,7 @@ def _print_plan(console: Console, folder: Path, cells: Sequence[Cell]) -> None:
         else:
             what = "to resume" if directory.state_path.exists() else "to do"
         counts[what] += 1
-        rows.add_row(cell.config.label, Text(f"{what}: {cell.declined}" if cell.declined else what))
+        rows.add_row(called[directory.path], Text(f"{what}: {cell.declined}" if cell.declined else what))
     console.print(rows)
     listing = ", ".join(f"{count} {what}" for what, count in counts.items())
     console.print(Text(f"{number(cells)} in {folder}: {listing}"), soft_wrap=True)

@@ -40,7 +40,7 @@ def run_single(job: DictConfig) -> None:
     except OSError as error:
         print(f"results={job.results}: {error}: nothing can be kept there", file=sys.stderr)
         raise SystemExit(2) from error
-    console.print(table([read_cell(directory.path)]))
+    console.print(table([read_cell(directory.path, config.label)]))
     console.print(Text(str(directory.path)), soft_wrap=True)
     if EXIT_CODES[status]:
         raise SystemExit(EXIT_CODES[status])
