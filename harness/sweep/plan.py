@@ -232,10 +232,11 @@ def _check_names(configs: Sequence[RunConfig]) -> None:
     first: dict[str, RunConfig] = {}
     for config in configs:
         other = first.setdefault(config.label, config)
-        if other is not config:
-            mine, its = ({key: asdict(run)[key] for key in CELL_KEYS} for run in (config, other))
-            difference = _first_difference(its, mine)
-            assert difference is not None  # or they were one cell twice
+        mine, its = (
+            {section: asdict(run)[section] for section in ("algorithm", "model", "task")} for run in (config, other)
+        )
+        difference = _first_difference(its, mine)
+        if difference:
             key = difference.partition(" ")[0]
             section = key.partition(".")[0]
             name = f"{section}.name={getattr(config, section).name}"
