@@ -5,6 +5,7 @@ they differ in is left to their modules: embeddings, attention, feed-forward lay
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one
 from harness.rollout.weights import SamplingWeights
 
+# What was found out about models that are still there: every evaluation asks again.
+_SUITED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
 
 class SingleTokenDecoder(SamplingWeights):
     """The policy as rollouts see it, where :meth:`suits` says that this gives the same."""
@@ -28,9 +32,15 @@ class SingleTokenDecoder(SamplingWeights):
         self.joint: list[Joint] = [layer.self_attn.joint() for layer in network.layers]
 
     @classmethod
-    @torch.no_grad()
     def suits(cls, model: PreTrainedModel) -> bool:
-        """Whether the model has the layers that are gone through here, which is tried."""
+        """Whether the model has the layers that are gone through here, which is tried once."""
+        if model not in _SUITED:
+            _SUITED[model] = cls._gives_the_same(model)
+        return _SUITED[model]
+
+    @classmethod
+    @torch.no_grad()
+    def _gives_the_same(cls, model: PreTrainedModel) -> bool:
         if not any(isinstance(module, JointAttention) for module in model.modules()):
             return False
         try:

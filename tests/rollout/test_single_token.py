@@ -1,10 +1,14 @@
 """A decoded token's way through the layers gives what the model's own gives, or is not taken."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from harness.config import compose
 from harness.policy.loading import prepare_layers
+from harness.rollout import single_token
 from harness.rollout.embedded import EmbeddedEngine
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
@@ -82,3 +86,18 @@ def test_weights_that_have_changed_are_the_ones_that_sample():
     expected = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     assert not torch.equal(before.completions, after.completions)
     assert torch.equal(after.completions, expected.completions)
+
+
+def test_whether_a_model_suits_is_tried_once_and_forgotten_with_it(monkeypatch):
+    tried = []
+    probe = single_token._probe
+    monkeypatch.setattr(single_token, "_probe", lambda policy: tried.append(policy) or probe(policy))
+    model = prepared(fresh("tiny_dense"))
+    assert SingleTokenDecoder.suits(model) and len(tried) == 2
+    assert SingleTokenDecoder.suits(model) and len(tried) == 2
+    assert SingleTokenDecoder.suits(prepared(fresh("tiny_dense"))) and len(tried) == 4
+    kept = weakref.ref(model)
+    tried.clear()
+    del model
+    gc.collect()
+    assert kept() is None
