@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -18,6 +19,9 @@ __all__ = ["STEP_VERIFIERS", "VERIFIERS", "WORKED_SOLUTIONS", "Problem", "Prompt
 
 # What each source must be told, and what it has no use for.
 _SOURCES = {"reasoning_gym": ("dataset", "path"), "json_lines": ("path", "dataset"), "huggingface": ("dataset", "path")}
+
+# The first problem of each source whose rows were all read once, so that not every cell of a plan reads them again.
+_FIRST: dict[tuple[str, int, str], Problem] = {}
 
 
 def check_task(task: TaskConfig, key: str) -> None:
@@ -49,7 +53,11 @@ def check_task(task: TaskConfig, key: str) -> None:
 
 def _first_problem(task: TaskConfig, key: str) -> Problem:
     if task.source != "reasoning_gym":
-        return finite_problems(task, key)[0]
+        changed = Path(task.path).stat().st_mtime_ns if task.path and Path(task.path).exists() else 0
+        source = (repr(task), changed, key)
+        if source not in _FIRST:
+            _FIRST[source] = finite_problems(task, key)[0]
+        return _FIRST[source]
     make = generator(task, key)
     try:
         entry = make(seed=0, size=1)[0]

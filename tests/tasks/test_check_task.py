@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from harness import tasks
 from harness.config import TaskConfig, conf_dir
 from harness.errors import ConfigError
 from harness.tasks import PromptStream, check_task
@@ -128,3 +129,22 @@ def test_the_reasoning_gym_verifier_needs_reasoning_gym_problems(tmp_path):
     task = replace(json_lines(tmp_path, json.dumps(ROWS[0])), verifier="reasoning_gym")
     with pytest.raises(ConfigError, match=r"task\.source=json_lines"):
         check_task(task, "task")
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    """Every cell of a plan checks its task."""
+    reads = []
+    finite_problems = tasks.finite_problems
+    monkeypatch.setattr(tasks, "finite_problems", lambda *given: reads.append(given) or finite_problems(*given))
+    task = json_lines(tmp_path, json.dumps(ROWS[0]))
+    for _ in range(2):
+        check_task(task, "task")
+    assert len(reads) == 1
+    check_task(replace(task, prompt="{question}!"), "task")
+    assert len(reads) == 2
+    file = Path(task.path)
+    file.write_text("no JSON")
+    os.utime(file, ns=(0, 0))
+    for _ in range(2):  # what is wrong is told to every cell
+        with pytest.raises(ConfigError, match="line 1 is not JSON"):
+            check_task(task, "task")
