@@ -299,7 +299,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return validate(hydra.compose("config", overrides=[*search, *overrides]))
+            config = hydra.compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+            check_choices(config.hydra)
+            return validate(config)
     except REFUSED as error:
         raise refusal(error) from error
 
@@ -343,6 +345,23 @@ def check_sources(hydra: "HydraConf") -> None:
     for source in hydra.runtime.config_sources:
         if source.schema == "file":
             check_names(source.path)
+
+
+def check_choices(hydra: "HydraConf") -> None:
+    """Refuse a list of entries where one is to be chosen: Hydra would merge them, each over the one before it.
+
+    Args:
+        hydra: the `hydra` node of what was composed.
+
+    Raises:
+        ConfigError: naming the group.
+    """
+    for group in sorted(entry.name for entry in conf_dir().iterdir() if entry.name in RunConfig.__annotations__):
+        if group not in hydra.runtime.choices:
+            raise ConfigError(
+                f"{group}: a list in brackets would merge its entries into one; name one entry, or with -m several of "
+                f"them without brackets, {group}=A,B"
+            )
 
 
 def validate(config: "DictConfig") -> RunConfig:

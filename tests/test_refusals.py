@@ -22,6 +22,8 @@ from harness.errors import ConfigError
         (["seed"], "seed: not KEY=VALUE as Hydra reads it: "),
         (["claims=reward"], "Could not override 'claims'. No match in the defaults list."),
         (["seed=${gone}"], "Interpolation key 'gone' not found"),
+        (["algorithm=[grpo,gspo]"], "algorithm: a list in brackets would merge its entries into one; name one entry"),
+        (["model=[tiny_moe]"], "model: a list in brackets"),
         (["+seed=3"], "Could not append to config. An item is already at 'seed'. Either remove + prefix: 'seed=3'"),
     ],
 )

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
+from harness.config import CELL_KEYS, RunConfig, check_choices, equal_part, read, typed
 from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.machine import cache_dir
 from harness.refusals import REFUSED, refusal
@@ -178,7 +178,9 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
 
 def _compose(config: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Job:
     with _naming(overrides):
-        return Job(overrides, typed(loader.load_sweep_config(config, overrides)))
+        composed = loader.load_sweep_config(config, overrides)
+        check_choices(composed.hydra)
+        return Job(overrides, typed(composed))
 
 
 def _cell(job: Job, rehearsal: bool) -> Cell:

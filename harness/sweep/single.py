@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 
 from harness.cell import EXIT_CODES, prepare, run_cell
-from harness.config import check_sources, validate
+from harness.config import check_choices, check_sources, validate
 from harness.errors import ConfigError
 from harness.runs.reading import SWEEP
 from harness.status import make_console, read_cell, table
@@ -48,6 +48,7 @@ def run_single(job: DictConfig) -> None:
 
 def _check_single(hydra: HydraConf) -> None:
     check_sources(hydra)
+    check_choices(hydra)
     if cells := hydra.sweeper.params:  # of which one run would be a cell that nobody chose
         named = " ".join(f"{key}={value}" for key, value in cells.items())
         raise ConfigError(f"this preset is of a sweep ({named}): add -m, and narrow it where you want fewer cells")
