@@ -180,11 +180,11 @@ def test_cells_whose_tuning_declines_them_are_planned_beside_the_others(tmp_path
         for trial, rate in enumerate(rates)
     ]
     kept = [synthetic.trial("grpo", trial, rate, 1000, gain=0.1 * trial) for trial, rate in enumerate(rates)]
-    synthetic.write_sweep(tmp_path / "tuned" / "trials", [*lost, *kept])
+    synthetic.write_sweep(tmp_path / "tuned_run" / "trials", [*lost, *kept])
     cells = _plan("experiment=tuned", "algorithm=gspo,grpo", "model=tiny_dense", "seed=0", f"results={tmp_path}")
-    freeze(tmp_path / "tuned", cells)
+    freeze(tmp_path / "tuned_run", cells)
     runs = {
-        run["algorithm"]: run for run in map(json.loads, map(Path.read_text, (tmp_path / "tuned").glob("*/run.json")))
+        run["algorithm"]: run for run in map(json.loads, map(Path.read_text, (tmp_path / "tuned_run").glob("*/run.json")))
     }
     assert {name: run["status"] for name, run in runs.items()} == {"gspo": "skipped", "grpo": "planned"}
     assert "every trial of gspo" in runs["gspo"]["reason"] and runs["gspo"]["budget"]["axis"] == "flops"
@@ -296,7 +296,7 @@ def test_a_comparison_that_its_folder_cannot_take_stops_before_its_trials(tmp_pa
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", "model=tiny_dense"]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and "budget.limits.flops (5.0, here 1000000000000.0)" in ended.stderr
-    assert not (tmp_path / "tuned" / "trials").exists()
+    assert not (tmp_path / "tuned_run" / "trials").exists()
 
 
 def test_a_plan_that_never_ran_stands_in_nobodys_way(tmp_path):
@@ -415,10 +415,10 @@ def test_a_trial_that_fails_is_the_worst_and_the_comparison_goes_on(workplace):
     space = ["~algorithm.search_space", "+algorithm.search_space={ratio.kind:[fails,waits]}"]
     ended = _run("-m", "experiment=tuned", "plugins=[mischief]", "algorithm=fails", *tuning, *space)
     assert ended.returncode == 0, ended.stderr
-    trials = [json.loads(file.read_text())["status"] for file in Path("results/tuned/trials").glob("*/run.json")]
+    trials = [json.loads(file.read_text())["status"] for file in Path("results/tuned_run/trials").glob("*/run.json")]
     assert sorted(trials) == ["done", "failed"]
-    (chosen,) = Path("results/tuned").glob("fails-*/config.yaml")
-    assert "\n    kind: waits\n" in chosen.read_text() and _runs("tuned")["fails"]["status"] == "done"
+    (chosen,) = Path("results/tuned_run").glob("fails-*/config.yaml")
+    assert "\n    kind: waits\n" in chosen.read_text() and _runs("tuned_run")["fails"]["status"] == "done"
 
 
 @pytest.mark.slow
@@ -426,7 +426,7 @@ def test_where_every_trial_fails_the_command_has_failed(workplace):
     tuning = ["tuning.trials=1", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
     ended = _run("-m", "experiment=tuned", "algorithm=two_epochs", *tuning, "task.max_prompt_tokens=2")
     assert ended.returncode == 1, ended.stderr
-    assert "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned")["two_epochs"]["status"] == "skipped"
+    assert "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned_run")["two_epochs"]["status"] == "skipped"
 
 
 @pytest.mark.slow

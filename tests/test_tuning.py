@@ -78,13 +78,13 @@ def test_a_comparison_that_cannot_run_stops_before_its_trials(tmp_path, override
 
 
 def test_trials_that_hydra_refuses_stop_the_comparison_though_there_are_earlier_ones(tmp_path):
-    _trials(tmp_path / "tuned" / "trials", [0.1] * 5)
+    _trials(tmp_path / "tuned_run" / "trials", [0.1] * 5)
     cell = [f"results={tmp_path}", "algorithm=gspo", "model=tiny_dense", "seed=0"]
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", *cell]
     command.append('tuning.overrides=["seed=1000","bugdet.axis=tokens"]')
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and "bugdet: no such key; near it are budget" in ended.stderr
-    assert not list((tmp_path / "tuned").glob("gspo-*"))
+    assert not list((tmp_path / "tuned_run").glob("gspo-*"))
 
 
 def test_a_trial_has_the_settings_that_were_drawn_for_it(tmp_path):
@@ -129,7 +129,7 @@ def test_the_score_is_the_mean_reward_within_the_budget(tmp_path):
 
 
 def test_the_comparison_takes_the_best_trial(tmp_path):
-    _trials(tmp_path / "tuned" / "trials", [0.1, 0.2, 0.5, 0.3, -np.inf], seeds=(1000, 1001))
+    _trials(tmp_path / "tuned_run" / "trials", [0.1, 0.2, 0.5, 0.3, -np.inf], seeds=(1000, 1001))
     assert _compose(tmp_path).algorithm.optimizer.learning_rate == 2e-4
 
 
@@ -144,14 +144,14 @@ def test_the_comparison_takes_the_best_trial(tmp_path):
     ],
 )
 def test_the_comparison_does_not_start_without_a_best_trial(tmp_path, scores, overrides, error, message):
-    _trials(tmp_path / "tuned" / "trials", scores)
+    _trials(tmp_path / "tuned_run" / "trials", scores)
     with pytest.raises(error, match=message):
         _compose(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(("status", "error"), [("failed", NothingToChoose), ("diverged", Declined)])
 def test_that_no_trial_is_left_is_a_failure_where_one_of_them_failed(tmp_path, status, error):
-    folder = _trials(tmp_path / "tuned" / "trials", [-np.inf] * 5)
+    folder = _trials(tmp_path / "tuned_run" / "trials", [-np.inf] * 5)
     RunDirectory(next(folder.glob("gspo-*"))).update_status(status=status)
     with pytest.raises(Declined, match="every trial of gspo") as raised:
         _compose(tmp_path)
@@ -159,7 +159,7 @@ def test_that_no_trial_is_left_is_a_failure_where_one_of_them_failed(tmp_path, s
 
 
 def test_a_trial_that_ended_with_its_first_step_is_named(tmp_path):
-    folder = _trials(tmp_path / "tuned" / "trials", [0.1] * 5)
+    folder = _trials(tmp_path / "tuned_run" / "trials", [0.1] * 5)
     last = max(folder.glob("gspo-*"))
     first, *_ = (last / "metrics.jsonl").read_text().splitlines()
     spent = json.loads(first) | {"budget/flops": 2 * synthetic.LIMIT}
@@ -169,7 +169,7 @@ def test_a_trial_that_ended_with_its_first_step_is_named(tmp_path):
 
 
 def test_without_trials_the_comparison_says_how_to_make_them(tmp_path):
-    with pytest.raises(ConfigError, match="there are no trials in .*tuned/trials: run them first"):
+    with pytest.raises(ConfigError, match="there are no trials in .*tuned_run/trials: run them first"):
         _compose(tmp_path)
 
 
@@ -185,8 +185,8 @@ def test_one_command_runs_the_trials_and_then_the_comparison_on_their_best(tmp_p
 
     first = tune()
     assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout.index("results/tuned/trials: 2 to do, 2 skipped") < first.stdout.index("results/tuned: 1 to do")
-    folder = tmp_path / "results" / "tuned"
+    assert first.stdout.index("results/tuned_run/trials: 2 to do, 2 skipped") < first.stdout.index("results/tuned_run: 1 to do")
+    folder = tmp_path / "results" / "tuned_run"
     scores = trial_scores(folder / "trials").query("algorithm == 'gspo'")
     assert set(scores["seed"]) == {1000} and set(scores["status"]) == {"done"}
     best = scores.sort_values("trial").iloc[int(scores.sort_values("trial")["score"].argmax())]
