@@ -96,3 +96,21 @@ def test_the_tuned_comparison_is_all_there_and_was_tuned_alike():
     }
     compared = cells[cells["status"] == "done"]
     assert all(chosen[cell.algorithm, cell.model] == cell.learning_rate for cell in compared.itertuples())
+
+
+@pytest.mark.parametrize(("sweep", "gain"), [("all_algorithms", "0.082"), ("reinforce_moe", "0.075")])
+def test_reinforce_is_ahead_of_grpo_by_what_the_readme_says(sweep, gain):
+    rows = load_evaluations(_RESULTS / sweep)
+    final = rows[(rows["fraction"] == 1) & (rows["eval_task"] == "chain_sum_held_out")]
+    scores = final.pivot(index="seed", columns="algorithm", values="score")
+    assert len(scores) == 8
+    difference = scores["reinforce"] - scores["grpo"]
+    assert f"{difference.mean():.3f}" == gain and (difference > 0).all()
+    assert gain in (_RESULTS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_greedy_scores_on_the_mixture_are_what_the_readme_says():
+    means = pd.read_csv(_RESULTS / "reinforce_moe" / "greedy.csv").groupby("algorithm")["accuracy"].mean()
+    readme = " ".join((_RESULTS.parent / "README.md").read_text(encoding="utf-8").split())
+    start = "the cold start has {cold start:.3f}, GSPO {gspo:.3f}, GRPO {grpo:.3f}, "
+    assert (start + "DAPO {dapo:.3f} and REINFORCE {reinforce:.3f}").format(**means) in readme

@@ -184,7 +184,8 @@ def test_cells_whose_tuning_declines_them_are_planned_beside_the_others(tmp_path
     cells = _plan("experiment=tuned", "algorithm=gspo,grpo", "model=tiny_dense", "seed=0", f"results={tmp_path}")
     freeze(tmp_path / "tuned_run", cells)
     runs = {
-        run["algorithm"]: run for run in map(json.loads, map(Path.read_text, (tmp_path / "tuned_run").glob("*/run.json")))
+        run["algorithm"]: run
+        for run in map(json.loads, map(Path.read_text, (tmp_path / "tuned_run").glob("*/run.json")))
     }
     assert {name: run["status"] for name, run in runs.items()} == {"gspo": "skipped", "grpo": "planned"}
     assert "every trial of gspo" in runs["gspo"]["reason"] and runs["gspo"]["budget"]["axis"] == "flops"
@@ -426,7 +427,9 @@ def test_where_every_trial_fails_the_command_has_failed(workplace):
     tuning = ["tuning.trials=1", 'tuning.overrides=["seed=1000"]', "hydra/launcher=basic", "model=tiny_dense", "seed=0"]
     ended = _run("-m", "experiment=tuned", "algorithm=two_epochs", *tuning, "task.max_prompt_tokens=2")
     assert ended.returncode == 1, ended.stderr
-    assert "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned_run")["two_epochs"]["status"] == "skipped"
+    assert (
+        "Not complete (1 cell: 1 skipped)" in ended.stdout and _runs("tuned_run")["two_epochs"]["status"] == "skipped"
+    )
 
 
 @pytest.mark.slow

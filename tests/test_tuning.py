@@ -185,7 +185,9 @@ def test_one_command_runs_the_trials_and_then_the_comparison_on_their_best(tmp_p
 
     first = tune()
     assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout.index("results/tuned_run/trials: 2 to do, 2 skipped") < first.stdout.index("results/tuned_run: 1 to do")
+    assert first.stdout.index("results/tuned_run/trials: 2 to do, 2 skipped") < first.stdout.index(
+        "results/tuned_run: 1 to do"
+    )
     folder = tmp_path / "results" / "tuned_run"
     scores = trial_scores(folder / "trials").query("algorithm == 'gspo'")
     assert set(scores["seed"]) == {1000} and set(scores["status"]) == {"done"}
