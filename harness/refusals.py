@@ -13,7 +13,8 @@ from yaml import MarkedYAMLError, YAMLError
 from harness.config import RunConfig
 from harness.errors import ConfigError
 
-REFUSED = (HydraException, OmegaConfBaseException, YAMLError)  # what composing a configuration raises of its own
+# What composing a configuration raises of its own; of entries without an end, Python's error.
+REFUSED = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError)
 
 
 def refusal(error: Exception) -> ConfigError:
@@ -22,6 +23,10 @@ def refusal(error: Exception) -> ConfigError:
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return ConfigError(f"{mark.name}, line {mark.line + 1}: this is not YAML: {error.problem}")
+    if isinstance(error, UnicodeDecodeError):
+        return ConfigError(f"an entry is not UTF-8 ({error}): save it as UTF-8")
+    if isinstance(error, RecursionError):
+        return ConfigError("an entry has itself among its defaults, or among theirs: take it out of there")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         name = error.missing_cfg_file.rpartition("/")[2]
         return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}")

@@ -46,11 +46,13 @@ def test_only_keys_that_the_schema_leaves_open_are_offered_to_be_added():
         ("name: mine\nname: mine\n", "algorithm/mine.yaml, line 2: this is not YAML: found duplicate key name"),
         ("name: ${mine\n", "no viable alternative at input '${mine'"),
         ("defaults:\n  - grop\n", "In 'algorithm/mine': Could not load 'algorithm/grop'."),
+        ("defaults:\n  - mine\n", "an entry has itself among its defaults, or among theirs"),
+        ("name: caf\xe9\n", "an entry is not UTF-8 ('utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_an_entry_that_cannot_be_read_is_told_in_one_line(tmp_path, content, message):
     (tmp_path / "algorithm").mkdir()
-    (tmp_path / "algorithm" / "mine.yaml").write_text(content)
+    (tmp_path / "algorithm" / "mine.yaml").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError) as raised:
         compose(["algorithm=mine"], config_dir=tmp_path)
     assert message in str(raised.value) and "\n" not in str(raised.value)
