@@ -293,7 +293,7 @@ def test_before_its_trials_a_cell_may_be_there_as_it_was_tuned_and_afterwards_no
 
 
 def test_a_comparison_that_its_folder_cannot_take_stops_before_its_trials(tmp_path):
-    _finished(compose([f"results={tmp_path}", "sweep=tuned", "budget.limits.flops=5.0"]))
+    _finished(compose([f"results={tmp_path}", "sweep=tuned_run", "budget.limits.flops=5.0"]))
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", "model=tiny_dense"]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and "budget.limits.flops (5.0, here 1000000000000.0)" in ended.stderr
