@@ -4,7 +4,6 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from harness.algorithms.value import explained_variance
 from harness.budget import Meter
 from harness.config import RunConfig
 from harness.errors import ConfigError, Diverged
-from harness.evaluation import evaluate, prepare_evaluation, shared_scores
+from harness.evaluation import evaluate, prepare_evaluation
 from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
@@ -282,7 +281,7 @@ class Trainer:
             state = before if self.meter.fraction > fraction else now
             if state is not evaluated:  # a step may pass several fractions
                 self.policy.load_state_dict(state["weights"])
-                scores = self._scores(state["step"])
+                scores = evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
                 self.policy.load_state_dict(now["weights"])
                 evaluated = state
             where = {"fraction": fraction, "step": state["step"]}
@@ -294,22 +293,6 @@ class Trainer:
         if reached[-1] == self.fractions[-1]:
             final = {score["task"]: {key: score[key] for key in ("score", "stderr", "n")} for score in scores}
             self.directory.update_status(scores=final)
-
-    def _scores(self, step: int) -> list[dict[str, Any]]:
-        """Of the policy after so many steps; before the first one other cells of the sweep have the same."""
-
-        def score() -> list[dict[str, Any]]:
-            return evaluate(self.policy, self.tokenizer, self.config.evaluation, self.config.seed)
-
-        if step > 0:
-            return score()
-        determined_by = {
-            "model": asdict(self.config.model),
-            "evaluation": asdict(self.config.evaluation),
-            "settings": [self.config.seed, self.config.device, self.config.threads],
-            "provenance": self.directory.read_status()["provenance"],  # code, inputs, packages, machine, weights
-        }
-        return shared_scores(self.directory.path.parent / ".initial_scores", determined_by, score)
 
     def finish(self) -> None:
         """Leave the last state inside the budget as a Hugging Face model."""
