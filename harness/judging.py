@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.algorithms.divergence import kl_divergence
-from harness.algorithms.registry import part
+from harness.algorithms.registry import call
 from harness.budget import Meter
 from harness.config import RunConfig
 from harness.policy.critic import Critic
@@ -60,14 +60,22 @@ class Judge:
         ref_logprobs = self._reference(batch)
         old_values = self._values(batch)
         kl = self.config.algorithm.kl
-        function, settings = part("advantage", self.config.algorithm.advantage)
         with self.meter.phase("reward"):
             earned = rewards.tokens
             if ref_logprobs is not None and kl.in_reward:
                 earned = earned - (
                     kl.coefficient * kl_divergence(old_logprobs, ref_logprobs, kl.estimator) * batch.mask
                 )
-            advantages, returns = function(earned, rewards.ends, batch.group_ids, batch.mask, old_values, **settings)
+            advantages, returns = call(
+                "advantage",
+                self.config.algorithm.advantage,
+                earned,
+                rewards.ends,
+                batch.group_ids,
+                batch.mask,
+                old_values,
+                like=(batch.mask, old_values),
+            )
         return Targets(old_logprobs, advantages, ref_logprobs, old_values, returns, routes=routes)
 
     def _old_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from harness.algorithms.advantages import all_equal, group_statistics, last_tokens, step_rewards
-from harness.algorithms.registry import part
+from harness.algorithms.registry import call
 from harness.config import RewardModelConfig, RunConfig
 from harness.rollout.batch import Batch, stack_rows
 from harness.tasks import STEP_VERIFIERS, VERIFIERS, Problem
@@ -68,8 +68,7 @@ class Grader:
         true = torch.tensor(verdicts, dtype=torch.float32)
         lengths, longest = batch.completion_lengths, self.task.max_completion_tokens
         outcome = misjudged(true, lengths, longest, self.task.reward_model, generator)
-        function, settings = part("shaping", self.shaping)
-        shaped = function(outcome, lengths, longest, **settings)
+        shaped = call("shaping", self.shaping, outcome, lengths, longest, like=outcome)
         last = last_tokens(batch.mask)
         tokens, ends, steps = self._steps(texts, problems, batch)
         return Rewards(tokens + last * shaped.unsqueeze(1), ends | last, outcome, true, steps)

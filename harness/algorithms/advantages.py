@@ -4,8 +4,8 @@ A registered advantage is called once for a rollout batch as
 ``fn(rewards, ends, group_ids, mask, values, **settings) -> (advantages, returns)`` with
 ``rewards`` [B, T] (what each completion token earned), ``ends`` [B, T] (true at the last token of each rewarded step;
 an outcome reward is one step that ends with the completion), ``group_ids`` [B] (equal for completions of one prompt),
-``mask`` [B, T] and ``values`` [B, T] or None. ``advantages`` is [B, T]; ``returns`` [B, T] is the critic's target, None
-where there is no critic.
+``mask`` [B, T] and ``values`` [B, T] or None, floats all float32. ``advantages`` is [B, T] float32; ``returns`` [B, T]
+float32 is the critic's target, None where there is no critic.
 
 Traits: ``needs_critic``, ``needs_group`` (several completions a prompt), ``outcome_only`` (one advantage a completion),
 ``to_go`` (a token's advantage depends on what is earned from it on).
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from harness.algorithms.registry import part, register
+from harness.algorithms.registry import call, register
 from harness.typed_values import NotNegative, Share
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, config: "AlgorithmConfi
     Returns:
         [B] advantages.
     """
-    function, settings = part("advantage", config.advantage)
     ones = torch.ones_like(rewards).unsqueeze(1)
-    advantages, _ = function(rewards.unsqueeze(1), ones.bool(), group_ids, ones, None, **settings)
+    advantages, _ = call(
+        "advantage", config.advantage, rewards.unsqueeze(1), ones.bool(), group_ids, ones, None, like=(ones, None)
+    )
     return advantages.squeeze(1)
 
 

@@ -1,7 +1,8 @@
 """Rollout/trainer mismatch: weights for samples whose sampler and trainer disagree about likelihoods.
 
 A registered correction is called as ``fn(log_ratio, mask, **settings) -> weights`` with ``log_ratio`` [B, T] =
-old_logprobs - rollout_logprobs and ``weights`` [B, T]. Weights carry no gradient and multiply the policy loss alone.
+old_logprobs - rollout_logprobs and ``weights`` [B, T], float32 both. Weights carry no gradient and
+multiply the policy loss alone.
 """
 
 from typing import Literal

@@ -22,7 +22,7 @@ from torch import Tensor
 from harness.algorithms.correction import mismatch_metrics
 from harness.algorithms.divergence import LOG_RATIO_BOUND, kl_divergence
 from harness.algorithms.metrics import Metrics
-from harness.algorithms.registry import part, register
+from harness.algorithms.registry import call, register
 from harness.typed_values import Count
 
 if TYPE_CHECKING:
@@ -89,14 +89,12 @@ def policy_loss(
 
 def aggregation_weights(mask: Tensor, config: "AlgorithmConfig") -> Tensor:
     """[B, T] weights of a whole optimizer batch's elements; rows may then be cut into micro-batches."""
-    function, settings = part("aggregation", config.aggregation)
-    return function(mask, **settings)
+    return call("aggregation", config.aggregation, mask, like=mask)
 
 
 def selected_tokens(advantages: Tensor, old_logprobs: Tensor, mask: Tensor, config: "AlgorithmConfig") -> Tensor:
     """[B, T] which tokens of a whole optimizer batch the surrogate treats apart; rows may then be cut alike."""
-    function, settings = part("selection", config.selection)
-    return function(advantages, old_logprobs, mask, **settings)
+    return call("selection", config.selection, advantages, old_logprobs, mask, like=mask.bool())
 
 
 def weighted_policy_loss(
@@ -121,19 +119,19 @@ def weighted_policy_loss(
         return torch.where(mask.bool(), values, torch.zeros_like(values))
 
     logprobs, old_logprobs, advantages = valid(logprobs), valid(old_logprobs), valid(advantages)
-    ratio_function, ratio_settings = part("ratio", config.ratio)
-    surrogate, surrogate_settings = part("surrogate", config.surrogate)
-    ratio = ratio_function(logprobs, old_logprobs, mask, **ratio_settings)
+    ratio = call("ratio", config.ratio, logprobs, old_logprobs, mask, like=logprobs)
     elements = Elements(ratio, logprobs, old_logprobs, advantages, mask, selected)
-    element_loss, low, high, outside = surrogate(elements, **surrogate_settings)
+    element_loss, low, high, outside = call(
+        "surrogate", config.surrogate, elements, like=Surrogate(logprobs, selected, selected, selected)
+    )
 
     metrics = _ratio_metrics(ratio.detach(), low, high, outside, mask)
     kl_old = kl_divergence(old_logprobs, logprobs.detach(), "k3")
     metrics.mean("kl/policy_old", (kl_old * mask).sum(), mask.sum())
     if rollout_logprobs is not None:
         rollout_logprobs = valid(rollout_logprobs)
-        correction, correction_settings = part("correction", config.correction)
-        element_loss = element_loss * correction(old_logprobs - rollout_logprobs, mask, **correction_settings)
+        log_ratio = old_logprobs - rollout_logprobs
+        element_loss = element_loss * call("correction", config.correction, log_ratio, mask, like=log_ratio)
         metrics.update(mismatch_metrics(old_logprobs, rollout_logprobs, mask))
     if ref_logprobs is not None:
         kl = kl_divergence(logprobs, valid(ref_logprobs), config.kl.estimator)

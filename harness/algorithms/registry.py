@@ -10,6 +10,7 @@ from harness.errors import ConfigError
 from harness.typed_values import fits, says
 
 Part = TypeVar("Part", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {},
@@ -22,6 +23,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
+_FACTS = ("dtype", "shape", "device")  # of a tensor
 _OURS = ("advantages", "correction", "objective", "selection", "shaping", "surrogates")
 
 
@@ -66,6 +68,55 @@ def part(kind: str, config: Mapping[str, Any]) -> tuple[Callable[..., Any], dict
     load_parts()
     settings = {key: value for key, value in config.items() if key != "name"}
     return PARTS[kind][config["name"]], settings
+
+
+def call(kind: str, config: Mapping[str, Any], *arguments: Any, like: Result) -> Result:
+    """What a part returns, held against its kind's contract, since a wrong shape may broadcast unnoticed.
+
+    Args:
+        kind: one of the kinds in PARTS.
+        config: the part's configuration.
+        arguments: what parts of this kind are given.
+        like: an example of what they return: a tensor, None, or a tuple of these. Its type counts, and of tensors
+            dtype, shape and device: nothing that a device would have to be waited for.
+
+    Raises:
+        ConfigError: for a part that returns something else, or writes into a tensor that it is given.
+    """
+    function, settings = part(kind, config)
+    before = _versions(arguments)
+    result = function(*arguments, **settings)
+    who = f"algorithm.{kind}.name={config['name']}"
+    if not _is_like(result, like):
+        raise ConfigError(f"{who}: its function must return {_form(like)} here, and returned {_form(result)}")
+    if _versions(arguments) != before:
+        raise ConfigError(
+            f"{who}: its function writes into a tensor that it is given and that others read after it; change a "
+            "clone() of it instead"
+        )
+    return result
+
+
+def _is_like(result: Any, example: Any) -> bool:
+    if not isinstance(result, type(example)):
+        return False
+    if isinstance(example, tuple):
+        return len(result) == len(example) and all(map(_is_like, result, example))
+    return all(getattr(result, fact, None) == getattr(example, fact, None) for fact in _FACTS)
+
+
+def _form(value: Any) -> str:
+    """What `_is_like` compares, in words."""
+    if isinstance(value, tuple):
+        return f"{type(value).__name__}({', '.join(map(_form, value))})"
+    facts = [str(getattr(value, fact)) for fact in _FACTS if hasattr(value, fact)]
+    return " ".join(["None" if value is None else type(value).__name__, *facts])
+
+
+def _versions(arguments: tuple[Any, ...]) -> list[int]:
+    """How often each tensor among the arguments, or in a tuple among them, has been written into."""
+    flat = (leaf for argument in arguments for leaf in (argument if isinstance(argument, tuple) else (argument,)))
+    return [getattr(leaf, "_version", 0) for leaf in flat]
 
 
 def check_settings(kind: str, config: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Tokens that a surrogate treats apart from the others, chosen in a whole optimizer batch.
 
 A registered selection is called as ``fn(advantages, old_logprobs, mask, **settings) -> selected``, all [B, T], with
-``selected`` true at chosen tokens. It sees constants alone, so that the choice does not depend on micro-batches.
+``selected`` bool, true at chosen tokens. It sees constants alone, so that the choice does not depend on micro-batches.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """Shaping of the training reward by what the completion looks like.
 
-A registered shaping is called as ``fn(rewards, lengths, max_tokens, **settings) -> rewards`` with ``rewards`` [B] (one
-a completion), ``lengths`` [B] (its tokens) and the length at which completions are cut.
+A registered shaping is called as ``fn(rewards, lengths, max_tokens, **settings) -> rewards`` with ``rewards`` [B]
+(float32, one a completion), ``lengths`` [B] (its tokens) and the length at which completions are cut.
 """
 
 from torch import Tensor
