@@ -13,6 +13,9 @@ import pytest
 from harness.config import compose, conf_dir, load, save
 from harness.errors import ConfigError
 
+# Parts without settings.
+PLAIN = {"advantage": "reward", "ratio": "token", "surrogate": "none", "aggregation": "sequence_sum"}
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -60,6 +63,9 @@ from harness.errors import ConfigError
         (["algorithm.kl.coefficient=inf"], r"algorithm\.kl\.coefficient=inf: must be a finite number"),
         (["algorithm.entropy_coefficient=inf"], r"algorithm\.entropy_coefficient=inf: must be a finite number"),
         (["algorithm.optimizer.warmup_updates=-5"], r"algorithm\.optimizer\.warmup_updates=-5: must not be negative"),
+        (
+            r"model\.cold_start\.seed=18446744073709551616: must be from 0",
+        ),
         (["evaluation.samples=-1"], r"evaluation\.samples=-1: must not be negative"),
         (["model.cold_start.steps=0"], r"model\.cold_start\.steps=0: must be .* above 0"),
         (["model.cold_start.batch_size=0"], r"model\.cold_start\.batch_size=0: must be .* above 0"),
@@ -154,6 +160,18 @@ def test_a_setting_that_another_part_has_none_of_is_taken_out_as_the_error_says(
         compose(chosen)
     remedy = re.findall("'(~[^']+)'", str(raised.value))
     assert compose([*chosen, *remedy]).algorithm.advantage == {"name": "optimal_baseline"}
+
+
+def test_an_entry_that_inherits_what_another_part_has_none_of_derives_from_base_as_the_error_says(tmp_path):
+    (tmp_path / "algorithm").mkdir()
+    entry = tmp_path / "algorithm" / "mine.yaml"
+    parts = "".join(f"{kind}: {{name: {name}}}\n" for kind, name in PLAIN.items())
+    entry.write_text(f"defaults: [grpo, _self_]\nname: mine\nsource: none\nminibatches: 1\n{parts}")
+    with pytest.raises(ConfigError, match=r"advantage\.scale: 'reward' has no .* derives from (\w+) instead") as raised:
+        compose(["algorithm=mine"], config_dir=tmp_path)
+    (base,) = re.findall(r"derives from (\w+) instead", str(raised.value))
+    entry.write_text(entry.read_text().replace("[grpo,", f"[{base},"))
+    assert compose(["algorithm=mine"], config_dir=tmp_path).algorithm.advantage == {"name": "reward"}
 
 
 def test_entries_whose_runs_could_not_be_told_apart_are_refused(tmp_path):

@@ -137,8 +137,8 @@ def check_settings(kind: str, config: Mapping[str, Any]) -> None:
     if strange := [setting for setting in config if setting not in ("name", *expected)]:
         without = " ".join(f"'~{key}.{setting}'" for setting in strange)
         raise ConfigError(
-            f"{key}.{strange[0]}: '{name}' has no such setting; it takes {listing}. Those that an entry gives "
-            f"to another part are taken out with {without}"
+            f"{key}.{strange[0]}: '{name}' has no such setting; it takes {listing}. An entry that "
+            f"inherits settings of another part derives from base instead; a single run takes them out with {without}"
         )
     for setting, value in config.items():
         if setting != "name" and not fits(value, expected[setting]):
