@@ -23,6 +23,8 @@ from harness.policy.architecture import architecture, check_architecture, is_moe
 from harness.runs.loggers import LOGGERS
 from harness.tasks import check_task
 
+# torch takes seeds below 2^64, but reports hold them as float64 too, which rounds whole numbers from 2^53 on.
+_LARGEST_SEED = 2**53 - 1
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -132,7 +134,6 @@ def _check_ranges(run: RunConfig) -> None:
         for setting in ("learning_rate", "max_grad_norm", "value_clip"):
             positive = {**positive, f"algorithm.critic.{setting}": getattr(algorithm.critic, setting)}
     not_negative: Mapping[str, float] = {
-        "seed": run.seed,
         "algorithm.kl.coefficient": algorithm.kl.coefficient,
         "algorithm.entropy_coefficient": algorithm.entropy_coefficient,
         "algorithm.optimizer.epsilon": optimizer.epsilon,
@@ -140,11 +141,12 @@ def _check_ranges(run: RunConfig) -> None:
         "algorithm.optimizer.warmup_updates": optimizer.warmup_updates,
         "evaluation.samples": run.evaluation.samples,
     }
-    start = run.model.cold_start
+    seeds, start = {"seed": run.seed}, run.model.cold_start
     if start:
+        seeds["model.cold_start.seed"] = start.seed
         for setting in ("steps", "batch_size", "learning_rate"):
             positive = {**positive, f"model.cold_start.{setting}": getattr(start, setting)}
-        for setting in ("warmup_steps", "weight_decay", "router_penalty", "seed"):
+        for setting in ("warmup_steps", "weight_decay", "router_penalty"):
             not_negative = {**not_negative, f"model.cold_start.{setting}": getattr(start, setting)}
         _require(0 <= start.noise <= 1, f"model.cold_start.noise={start.noise}: must be a probability, from 0 to 1")
     for key, value in positive.items():
@@ -152,6 +154,11 @@ def _check_ranges(run: RunConfig) -> None:
     for key, value in not_negative.items():
         message = f"{key}={value}: must not be negative" if value < 0 else f"{key}={value}: must be a finite number"
         _require(math.isfinite(value) and value >= 0, message)
+    for key, seed in seeds.items():
+        _require(
+            0 <= seed <= _LARGEST_SEED,
+            f"{key}={seed}: must be from 0 to {_LARGEST_SEED}, so that reports tell it exactly",
+        )
     for setting in ("beta1", "beta2"):
         value = getattr(optimizer, setting)
         _require(0 <= value < 1, f"algorithm.optimizer.{setting}={value}: must be at least 0 and below 1")

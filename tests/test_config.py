@@ -63,7 +63,10 @@ PLAIN = {"advantage": "reward", "ratio": "token", "surrogate": "none", "aggregat
         (["algorithm.kl.coefficient=inf"], r"algorithm\.kl\.coefficient=inf: must be a finite number"),
         (["algorithm.entropy_coefficient=inf"], r"algorithm\.entropy_coefficient=inf: must be a finite number"),
         (["algorithm.optimizer.warmup_updates=-5"], r"algorithm\.optimizer\.warmup_updates=-5: must not be negative"),
+        (["seed=-1"], r"seed=-1: must be from 0 to 9007199254740991, "),
+        (["seed=9007199254740992"], r"seed=9007199254740992: must be from 0 to 9007199254740991, "),
         (
+            ["model.cold_start.seed=18446744073709551616"],
             r"model\.cold_start\.seed=18446744073709551616: must be from 0",
         ),
         (["evaluation.samples=-1"], r"evaluation\.samples=-1: must not be negative"),
