@@ -21,7 +21,7 @@ from harness.runs.reading import NoRuns, is_compact, load_runs, read_config, rea
 from harness.runs.settings import differences
 
 # Most telling first: a terminal that is too small cuts the end.
-_ORDER = ("running", "failed", "diverged", "interrupted", "planned", "done", "skipped")
+STATUSES = ("running", "failed", "diverged", "interrupted", "planned", "done", "skipped")
 _SHOWN = {"planned": "to do"}
 _STYLES = {"running": "cyan", "failed": "bold red", "diverged": "magenta", "interrupted": "yellow", "done": "green"}
 _WIDTH = 120
@@ -122,7 +122,7 @@ def read_cells(path: Path) -> list[CellState]:
 def summary(cells: Sequence[CellState]) -> str:
     """One line: how many cells there are of each status, and the time left for those that are under way or to do."""
     counts = Counter(cell.status for cell in cells)
-    parts = [f"{counts[status]} {_SHOWN.get(status, status)}" for status in _ORDER if counts[status]]
+    parts = [f"{counts[status]} {_SHOWN.get(status, status)}" for status in STATUSES if counts[status]]
     left = _left(cells)
     return f"{number(cells)}: " + ", ".join(parts) + (f"; about {_duration(left)} left" if left else "")
 
@@ -139,7 +139,7 @@ def table(cells: Sequence[CellState]) -> Group:
     rows.add_column("status", no_wrap=True)
     for heading in ("step", "reward", "clip fraction", "spent", "left"):
         rows.add_column(heading, justify="right", no_wrap=True)
-    for cell in sorted(cells, key=lambda cell: _ORDER.index(cell.status)):
+    for cell in sorted(cells, key=lambda cell: STATUSES.index(cell.status)):
         rows.add_row(
             cell.label,
             Text(_SHOWN.get(cell.status, cell.status), style=_STYLES.get(cell.status, "")),

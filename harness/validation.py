@@ -170,6 +170,11 @@ def _check_ranges(run: RunConfig) -> None:
         _require(tasks.count(task) == 1, f"evaluation.tasks has {task} more than once: name each once")
     for fraction in run.evaluation.fractions:
         _require(0 <= fraction <= 1, f"evaluation.fractions has {fraction}: fractions of the budget lie in 0 to 1")
+    fractions = run.evaluation.fractions
+    _require(
+        not fractions or 1 in fractions,
+        f"evaluation.fractions={fractions}: runs are compared at the end of their budget; add 1.0, or leave all out",
+    )
     _require(run.rollout.engine == "embedded", f"rollout.engine={run.rollout.engine}: the only engine is embedded")
     allowed = r"[A-Za-z0-9_.]+"
     for key, name, pattern, letters in (

@@ -126,6 +126,7 @@ PLAIN = {"advantage": "reward", "ratio": "token", "surrogate": "none", "aggregat
         (["budget.axis=tokens", "budget.limits.tokens=inf"], r"budget\.limits\.tokens=inf: .* finite number above 0"),
         (["+budget.limits.hours=1"], r"budget\.limits\.hours: no such axis"),
         (["evaluation.fractions=[1.5]"], r"evaluation\.fractions has 1\.5"),
+        (["evaluation.fractions=[0.0,0.5]"], r"evaluation\.fractions=\[0\.0, 0\.5\]: .* add 1\.0"),
         (["evaluation.tasks=[a,b,a]"], r"evaluation\.tasks has a more than once"),
         ([f"results={__file__}/below"], r"results=.*: .*test_config\.py is a file; name a folder"),
         (["model=huggingface", f"model.path={Path(__file__).parent}"], r"model\.path=.*: .* has no config\.json"),

@@ -294,7 +294,7 @@ def test_several_sweeps_are_reported_on_as_one(tmp_path: Path) -> None:
         (["--axis", "joules"], "axis joules: what was spent on it is not recorded with held_out"),
         (["--axis", "joules", "--metric", "reward/mean"], "recorded are flops, device_seconds, tokens"),
         (["--baseline", "dapo"], "baseline dapo: there is no such variant here; there are gspo"),
-        (["--filter", "seed=7"], "filter seed=7: no cell is left; seed is one of 0"),
+        (["--filter", "seed=7"], "filter seed=7: no cell has seed=7; seed is one of 0"),
         (["--filter", "sead=0"], "filter sead: give KEY=VALUE"),
         (["--claims", "{sweep}/nowhere"], "nowhere"),
         (["--out", "/dev/null/report"], "--out /dev/null/report: the report cannot be written there"),

@@ -14,6 +14,7 @@ from harness.config import EQUAL_KEYS
 from harness.runs.settings import distinct, flatten
 
 _SIDE_BY_SIDE = 8  # variants that have room beside each other
+_UNKNOWN = "not recorded"
 _SPEEDS = 1.25  # that the updates of a variant's runs may lie apart, whose work is much the same
 
 
@@ -37,6 +38,12 @@ def comparability(cells: pd.DataFrame) -> list[Check]:
     """The checks without which two runs are not comparable at all, whatever sweeps they are of."""
     cells = _that_ran(cells)
     return [*_same_problem(cells), *_same_conditions(cells)]
+
+
+def unequal_sentences(sweep: Sweep) -> list[str]:
+    """For the reader of a verdict: what made the runs differ beside their algorithms; nothing where nothing did."""
+    unequal = [one.what for one in comparability(sweep.cells) if not one.equal and one.detail != _UNKNOWN]
+    return [f"Not compared on equal terms, since runs differ in {'; '.join(unequal)}."] if unequal else []
 
 
 def speed_checks(sweep: Sweep) -> list[Check]:
@@ -134,7 +141,7 @@ def _packages(cells: pd.DataFrame) -> Check:
     """Whether all ran with the same versions of libraries, which decide prompts, arithmetic and scores."""
     recorded = [packages for packages in cells["packages"] if isinstance(packages, dict)]
     if not recorded:
-        return Check("package versions", False, "not recorded")
+        return Check("package versions", False, _UNKNOWN)
     names = sorted(set().union(*recorded))
     versions = {name: distinct([packages.get(name) for packages in recorded]) for name in names}
     differing = [f"{name}: {' against '.join(map(_plain, own))}" for name, own in versions.items() if len(own) > 1]
@@ -149,7 +156,7 @@ def _by(cells: pd.DataFrame, column: str) -> Iterable[tuple[Any, pd.DataFrame]]:
 def _one_value(what: str, values: pd.Series) -> Check:
     found = [str(value) for value in values.dropna().unique()]
     if not found:
-        return Check(what, False, "not recorded")
+        return Check(what, False, _UNKNOWN)
     return Check(what, len(found) == 1, ", ".join(found))
 
 
@@ -157,7 +164,7 @@ def _settings(what: str, cells: pd.DataFrame, section: str) -> Check:
     """Whether a section of config.yaml is the same in all cells; of equal limits that which ended the runs is told."""
     flat = [flatten(_section(config, section), f"{section}.") for config in cells["config"] if config]
     if not flat:
-        return Check(what, False, "not recorded")
+        return Check(what, False, _UNKNOWN)
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: distinct([settings.get(key) for settings in flat]) for key in keys}
     differing = [f"{key}: {' against '.join(map(_plain, found))}" for key, found in values.items() if len(found) > 1]

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from harness.analysis.evidence import axis_sentences, headline_verdicts
-from harness.analysis.fairness import checks
+from harness.analysis.fairness import checks, unequal_sentences
 from harness.analysis.figures import all_figures
 from harness.analysis.scores import COUNTED, WORST
 from harness.analysis.style import budget_text, figure_style, save
@@ -95,7 +95,8 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     for table in tables:
         table.save(folder / "tables")
     placed = _placed(tables)
-    verdict = [*search_sentences(sweep), *headlines(headline_verdicts(sweep), sweep.baseline)]
+    found = headlines(headline_verdicts(sweep), sweep.baseline)
+    verdict = [*unequal_sentences(sweep), *search_sentences(sweep), *found]
     findings = [*axis_sentences(sweep), tuning_sentence(sweep)]
     report = Report(folder, verdict, findings, final_scores(sweep), _counts(sweep))
     context = {

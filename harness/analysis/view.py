@@ -15,6 +15,7 @@ from harness.analysis.style import budget_text, unit
 from harness.analysis.sweep import Sweep, columns_of, common_budget, stopped_at
 from harness.errors import ConfigError
 from harness.runs.settings import distinct, flatten
+from harness.status import STATUSES
 
 _FILTERS = ("algorithm", "variant", "model", "task", "seed", "status")
 
@@ -73,7 +74,7 @@ def filtered(sweep: Sweep, filters: Sequence[str]) -> Sweep:
             task, seed, status, or a dotted key of config.yaml such as `algorithm.optimizer.learning_rate`.
 
     Raises:
-        ConfigError: for a key that no cell has, or where no cell is left.
+        ConfigError: for a key or a value that no cell has, or where no cell is left.
     """
     cells = sweep.cells
     for one in filters:
@@ -81,9 +82,13 @@ def filtered(sweep: Sweep, filters: Sequence[str]) -> Sweep:
         if not given:
             raise ConfigError(f"filter {one}: give KEY=VALUE, e.g. --filter model=tiny_moe")
         wanted, found = next(csv.reader([text], skipinitialspace=True), []), _values(cells, key)
+        there = ", ".join(map(str, distinct([value for value in found if value is not None])))
+        known = [*_values(sweep.cells, key), *(STATUSES if key == "status" else ())]
+        for name in wanted:
+            if not any(_same(value, name) for value in known):
+                raise ConfigError(f"filter {one}: no cell has {key}={name}; {key} is one of {there}")
         cells = cells[[any(_same(value, name) for name in wanted) for value in found]]
         if cells.empty:
-            there = ", ".join(map(str, distinct([value for value in found if value is not None])))
             raise ConfigError(f"filter {one}: no cell is left; {key} is one of {there}")
     frames = {name: getattr(sweep, name) for name in ("runs", "all_runs", "evaluations", "samples")}
     return replace(

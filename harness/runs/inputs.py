@@ -1,6 +1,7 @@
 """What a run reads beside the code and its configuration, and whether it is still what it was."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,36 @@ from harness.config import RunConfig
 from harness.evaluation.entries import entry_path, held_out_entries
 from harness.runs.provenance import fingerprint
 
+# What transformers reads of a model's folder: weights, configurations, tokenizer and chat template.
+_OF_A_MODEL = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
+
 
 def inputs_fingerprint(config: RunConfig) -> dict[str, str]:
     """The :func:`fingerprint` of each file that a run reads beside the code and its configuration, by name.
 
-    These are its plugins, its task's file, the entries whose problems its evaluation asks, and lm-eval tasks of the
-    user's. What a plugin imports in its turn is not among them, nor is a data set that is known by its name.
+    These are its plugins, its model's folder, its task's file, the entries whose problems its evaluation asks, and
+    lm-eval tasks of the user's. What a plugin imports in its turn is not among them, nor is a model or a data set that
+    is known by its name.
     """
     specs = {plugin: find_spec(plugin) for plugin in config.plugins}
     sources = {plugin: Path(spec.origin) for plugin, spec in specs.items() if spec and spec.origin}
     places = {plugin: path.parent if path.name == "__init__.py" else path for plugin, path in sources.items()}
     places |= {f"conf/task/{task}.yaml": entry_path(task) for task in held_out_entries(config.evaluation).values()}
     places |= {path: Path(path) for path in (config.task.path, config.evaluation.task_path) if path}
-    return {name: fingerprint([place.name], place.parent) for name, place in places.items()}
+    digests = {name: fingerprint([place.name], place.parent) for name, place in places.items()}
+    if config.model.path and Path(config.model.path).is_dir():
+        digests[config.model.path] = _model_fingerprint(Path(config.model.path))
+    return digests
+
+
+def _model_fingerprint(folder: Path) -> str:
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in _OF_A_MODEL and file.is_file()]
+    return _of_files(folder, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found))
+
+
+@lru_cache(maxsize=16)  # the cells of a plan share their models, whose weights take seconds to read
+def _of_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    return fingerprint([name for name, *_ in files], folder)
 
 
 def changed_input(recorded: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:

@@ -16,6 +16,7 @@ _NO_NUMBERS = (
     + ("export.py", "report.py", "run.py", "status.py")
 )  # fmt: skip
 _HARNESS = Path(__file__).parents[1]
+_CHUNK = 1 << 20  # bytes
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -49,8 +50,10 @@ def fingerprint(names: Iterable[str], folder: Path | None = None) -> str:
     """Twelve hexadecimal digits of the SHA-256 over files and folders, and their names, in a folder: the package's."""
     root, digest = folder or _HARNESS, hashlib.sha256()
     for path in (found for name in names for found in _files(root / name)):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:  # not at once: weights may be larger than the memory
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()[:12]
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from harness.analysis.evidence import axis_sentences
-from harness.analysis.fairness import Check, algorithm_differences, checks
+from harness.analysis.fairness import Check, algorithm_differences, checks, unequal_sentences
+from harness.analysis.page import write_report
 from harness.analysis.sweep import Sweep, read_sweep
 from tests.analysis.synthetic import Cell, write_sweep
 
@@ -16,6 +17,7 @@ def by_name(found: list[Check]) -> dict[str, Check]:
 
 def test_a_fair_sweep_passes_every_check(sweep: Sweep) -> None:
     assert [check.what for check in checks(sweep) if not check.equal] == ["tuning trials"]  # it was not tuned
+    assert unequal_sentences(sweep) == []
 
 
 def test_other_initial_weights_are_found(tmp_path: Path) -> None:
@@ -25,9 +27,17 @@ def test_other_initial_weights_are_found(tmp_path: Path) -> None:
     run = json.loads(file.read_text())
     run["provenance"]["initial_weights"] = "others"
     file.write_text(json.dumps(run))
-    found = by_name(checks(read_sweep(root)))["initial weights of tiny_dense"]
+    unlike = read_sweep(root)
+    found = by_name(checks(unlike))["initial weights of tiny_dense"]
     assert not found.equal
     assert "others" in found.detail
+    (said,) = write_report(unlike, tmp_path / "report").headlines[:1]
+    assert said == "Not compared on equal terms, since runs differ in initial weights of tiny_dense."
+
+
+def test_nothing_is_said_to_be_unequal_before_a_run_has_begun(tmp_path: Path) -> None:
+    root = write_sweep(tmp_path / "sweep", [Cell("gspo", "tiny_dense", 0, status="planned", steps=0)])
+    assert unequal_sentences(read_sweep(root)) == []
 
 
 def test_a_plugin_that_was_edited_between_runs_is_found(tmp_path: Path) -> None:

@@ -140,8 +140,12 @@ def test_a_variant_keeps_its_name_and_may_have_commas_in_it(tmp_path: Path) -> N
 def test_a_filter_that_finds_nothing_says_what_there_is(sweep: Sweep) -> None:
     with pytest.raises(ConfigError, match="filter algorithm=dapo: .* one of ppo, grpo, grpo_replay, gspo$"):
         filtered(sweep, ["algorithm=dapo"])
-    with pytest.raises(ConfigError, match="filter seed=2: .* one of 0, 1$"):
-        filtered(sweep, ["seed=0,1", "seed=2"])
+    with pytest.raises(ConfigError, match="filter algorithm=ppo,gpso: no cell has algorithm=gpso; .* ppo, grpo"):
+        filtered(sweep, ["algorithm=ppo,gpso"])
+    with pytest.raises(ConfigError, match="filter seed=1: no cell is left; seed is one of 0$"):
+        filtered(sweep, ["seed=0", "seed=1"])
+    with pytest.raises(ConfigError, match="filter status=failed: no cell is left; status is one of done"):
+        filtered(sweep, ["status=done,skipped", "status=failed"])
     with pytest.raises(ConfigError, match="filter model: give KEY=VALUE"):
         filtered(sweep, ["model"])
     with pytest.raises(ConfigError, match="filter algoritm: .* algorithm, variant, model, task, seed, status"):

@@ -1,12 +1,15 @@
 """Fingerprints of what a run reads beside the code."""
 
+from dataclasses import replace
+
 from harness.config import compose
 from harness.runs.inputs import changed_input, inputs_fingerprint
 
 
 def test_every_file_that_a_run_reads_has_a_fingerprint_that_changes_with_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    files = ["alone_part.py", "packed_part/inner.py", "rows.jsonl", "tasks/mine.yaml"]
+    of_model = ["model/config.json", "model/tokenizer.json", "model/model.safetensors"]
+    files = ["alone_part.py", "packed_part/inner.py", "rows.jsonl", "tasks/mine.yaml", *of_model]
     for file in [*files, "packed_part/__init__.py"]:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("")
@@ -14,7 +17,8 @@ def test_every_file_that_a_run_reads_has_a_fingerprint_that_changes_with_it(tmp_
     data, tasks = str(tmp_path / "rows.jsonl"), str(tmp_path / "tasks")
     given = ["plugins=[alone_part,packed_part]", "task=gsm8k", f"task.path={data}", f"evaluation.task_path={tasks}"]
     config = compose([*given, "task.max_prompt_tokens=200", "task.max_completion_tokens=200"])
-    names = ["alone_part", "packed_part", data, tasks]
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
+    names = ["alone_part", "packed_part", data, tasks, *[config.model.path] * len(of_model)]
     for file, name in zip(files, names, strict=True):
         before = inputs_fingerprint(config)
         assert set(before) == {*names, "conf/task/chain_sum.yaml"}
@@ -24,3 +28,12 @@ def test_every_file_that_a_run_reads_has_a_fingerprint_that_changes_with_it(tmp_
         after = inputs_fingerprint(config)
         assert {key for key in after if after[key] != before[key]} == {name}
         assert changed_input({"inputs": before}, after) == f"{name} ({before[name]}, now {after[name]})"
+
+
+def test_what_no_run_reads_of_a_models_folder_has_no_fingerprint(tmp_path):
+    config = compose()
+    config = replace(config, model=replace(config.model, path=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    before = inputs_fingerprint(config)
+    (tmp_path / "README.md").write_text("A model card.")
+    assert inputs_fingerprint(config) == before
