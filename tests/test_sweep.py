@@ -223,6 +223,22 @@ def test_a_folder_with_results_at_another_budget_is_refused_naming_key_and_value
         check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "seed=1", "budget.limits.flops=7.0"])])
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (['tuning.overrides=["seed=0"]', "seed=5"], "has used seed=0, which tuning.overrides give to the trials"),
+        (['tuning.overrides=["seed=1002"]', "seed=5"], r"tuning.overrides \(.*1000.*, here .*1002"),
+        (["tuning.trials=2", "seed=5"], r"tuning.trials \(5, here 2\)"),
+    ],
+)
+def test_a_comparison_is_not_extended_by_other_trials(tmp_path, change, why):
+    tuned = ["experiment=tuned", f"results={tmp_path}", "sweep=s", "tuning.trial=0"]
+    _finished(compose(tuned))
+    check_folder(tmp_path / "s", [compose([*tuned, "seed=5"])], rehearsal=True)
+    with pytest.raises(ConfigError, match=f"{why}.*another sweep=NAME"):
+        check_folder(tmp_path / "s", [compose([*tuned, *change])], rehearsal=True)
+
+
 @pytest.mark.parametrize(("content", "what"), [(None, "lost"), ("seed: 0\n", "damaged"), ("seed: {", "damaged")])
 def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path, content, what):
     run = compose([f"results={tmp_path}", "sweep=s"])

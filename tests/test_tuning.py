@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness.config import compose
+from harness.config import TuningConfig, compose
 from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.runs.directory import RunDirectory
 from harness.runs.trials import best_trials, trial_scores
-from harness.sweep.tuning import draw
+from harness.sweep.tuning import draw, trial_seeds
 from tests.analysis import synthetic
 from tests.tiny_run import PLAIN
 
@@ -75,6 +75,18 @@ def test_a_comparison_that_cannot_run_stops_before_its_trials(tmp_path, override
     command = [sys.executable, "-m", "harness.run", "-m", "experiment=tuned", f"results={tmp_path}", override]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and message in ended.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [
+        (["seed=1000", "budget.limits.flops=1e9"], {1000}),
+        (["seed=1000,1001"], {1000, 1001}),
+        (["+seed=range(2)", "seed='7','8'"], {0, 1, 7, 8}),
+    ],
+)
+def test_the_seeds_of_the_trials_are_those_of_the_overrides(given, seeds):
+    assert trial_seeds(TuningConfig(1, given, None)) == seeds
 
 
 def test_trials_that_hydra_refuses_stop_the_comparison_though_there_are_earlier_ones(tmp_path):

@@ -24,7 +24,7 @@ from harness.refusals import REFUSED, refusal
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
-from harness.sweep.tuning import rehearsed, tuned
+from harness.sweep.tuning import rehearsed, trial_seeds, tuned
 from harness.validation import check
 
 _SINGLE_RUNS = "runs"  # what conf/config.yaml calls the folder of runs that belong to no sweep
@@ -129,6 +129,7 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
     labels = {config.label: config for config in configs}
     equal = equal_part(configs[0])
     inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
+    tuning = configs[0].tuning if rehearsal else None
     files = [folder / "run.json"] if (folder / "run.json").exists() else sorted(folder.glob("*/run.json"))
     for directory in (RunDirectory(file.parent) for file in files):
         if not _holds_results(directory):
@@ -149,6 +150,13 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
             known = [asdict(config)[section] for config in configs if getattr(config, section).name == run[section]]
             if known and found[section] not in known:
                 difference = _first_difference(found[section], known[0], section)
+                raise _mixing(there, f"was made with another {difference}")
+        if tuning and run["seed"] in trial_seeds(tuning):
+            raise _mixing(there, f"has used seed={run['seed']}, which tuning.overrides give to the trials")
+        if tuning and found["tuning"]:  # other trials could choose other settings for the seeds to come
+            chosen_by = {"trials": tuning.trials, "overrides": list(tuning.overrides)}
+            difference = _first_difference({key: found["tuning"][key] for key in chosen_by}, chosen_by, "tuning")
+            if difference:
                 raise _mixing(there, f"was made with another {difference}")
         if run["label"] in labels and there.name not in names and not rehearsal:
             planned = asdict(labels[run["label"]])

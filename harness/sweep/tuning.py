@@ -65,7 +65,7 @@ def rehearsed(run: RunConfig) -> RunConfig:
         raise ConfigError(f"tuning.trials={run.tuning.trials}: must be at least 1; leave out tuning for none")
     if run.tuning.trial is not None:
         raise ConfigError("tuning.trial is for the trials, which this command starts by itself: leave it null")
-    if run.seed in _trial_seeds(run.tuning):
+    if run.seed in trial_seeds(run.tuning):
         raise ConfigError(
             f"seed={run.seed}: tuning.overrides give it to the trials; compare on seeds that they have not seen"
         )
@@ -120,14 +120,21 @@ def run_trials(config: DictConfig) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-def _trial_seeds(tuning: TuningConfig) -> set[Any]:
+def trial_seeds(tuning: TuningConfig) -> set[int]:
+    """The seeds that `tuning.overrides` give the trials.
+
+    Raises:
+        ConfigError: where they give none, or cannot be read.
+    """
     try:
         overrides = OverridesParser.create().parse_overrides(list(tuning.overrides))
         seeds = [override for override in overrides if override.key_or_group == "seed"]
         values = [
-            value for seed in seeds for value in (seed.sweep_iterator() if seed.is_sweep_override() else [seed.value()])
+            int(str(getattr(value, "text", value)))  # of quoted ones their text
+            for seed in seeds
+            for value in (seed.sweep_iterator() if seed.is_sweep_override() else [seed.value()])
         ]
-    except HydraException as error:
+    except (HydraException, ValueError, TypeError) as error:  # of Hydra's sweeps some cannot be listed
         raise ConfigError(f"tuning.overrides={list(tuning.overrides)}: {error}") from error
     if not values:
         raise ConfigError(
