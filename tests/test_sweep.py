@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -423,6 +423,39 @@ def test_an_interrupted_sweep_goes_on_with_the_same_command(workplace):
     Path("waits").unlink()
     assert _run(*arguments).returncode == 0
     assert {run["status"] for run in _runs("s").values()} == {"done"}
+
+
+def _processes_of_group(group):
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(file.parent.name)
+    return found
+
+
+@pytest.mark.slow
+def test_of_a_command_that_is_killed_no_process_is_left(workplace):
+    Path("waits").touch()
+    command = subprocess.Popen(
+        _command("-m", "sweep=s", "plugins=[mischief]", "algorithm=waits,two_epochs"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    # One worker is at a cell then, and one waits for what there is to do.
+    while not (Path("waiting").exists() and _runs("s")["two_epochs"]["status"] == "done") and command.poll() is None:
+        time.sleep(0.05)
+    command.kill()
+    command.wait()
+    deadline = time.monotonic() + 120
+    while _processes_of_group(command.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _processes_of_group(command.pid)
+    runs = _runs("s")
+    assert {name: run["status"] for name, run in runs.items()} == {"waits": "interrupted", "two_epochs": "done"}
+    assert effective_status({**runs["waits"], "status": "running"}) == "interrupted"  # its process is gone
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from harness.torch_setup import set_up_environment
 # What a cell imports; where one of them is missing, the cell will say so.
 _PRELOADED = ["harness.trainer", "harness.evaluation.policy_lm", "lm_eval.evaluator", "reasoning_gym", "tensorboard"]
 _PATIENCE = 30.0  # seconds that a cell gets to end when it is told to
+_AT_WORK = threading.Lock()  # held while a cell is under way
 _TAIL = 4000  # bytes of log.txt that stand in for the traceback of a process that could not leave one
 
 
@@ -46,22 +49,40 @@ def launch_cell(job: DictConfig) -> None:
     """
     folder = Path(job.results) / job.sweep
     plan = read_sweep(folder)
+    _end_with_command(plan["pid"], plan["host"])
     directory = RunDirectory(folder / plan["cells"][HydraConfig.get().job.num])
-    while directory.read_status()["status"] not in FINAL:
-        config = read(directory.path / "config.yaml")
-        _check_wanted(plan)
-        with slot(folder / ".slots", config.device, config.threads) as units:
-            process = _start(directory, config.device, config.threads, units)
-            try:
-                _wait(process, plan)
-            except KeyboardInterrupt:
-                _stop(process)
-                _settle(directory, process, "interrupted")
-                raise
-            _settle(directory, process, "failed")
-        if process.exitcode != RunInUse.exit_code:
-            break
-        time.sleep(2)  # another command runs this cell: wait for what it leaves
+    with _AT_WORK:
+        while directory.read_status()["status"] not in FINAL:
+            config = read(directory.path / "config.yaml")
+            _check_wanted(plan)
+            with slot(folder / ".slots", config.device, config.threads) as units:
+                process = _start(directory, config.device, config.threads, units)
+                try:
+                    _wait(process, plan)
+                except KeyboardInterrupt:
+                    _stop(process)
+                    _settle(directory, process, "interrupted")
+                    raise
+                _settle(directory, process, "failed")
+            if process.exitcode != RunInUse.exit_code:
+                break
+            time.sleep(2)  # another command runs this cell: wait for what it leaves
+
+
+@cache
+def _end_with_command(pid: int, host: str) -> None:
+    """End this worker when the command is gone, which joblib's workers may not notice: they wait for its next job."""
+    command = {"pid": pid, "host": host}
+    if pid == os.getpid():  # the basic launcher's cells are the command's own
+        return
+
+    def wait() -> None:
+        while _is_there(command):
+            time.sleep(1)
+        with _AT_WORK:  # the cell that is under way is stopped and recorded first
+            os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _start(directory: RunDirectory, device: str, threads: int, units: Sequence[str]) -> BaseProcess:
@@ -103,8 +124,12 @@ def _check_wanted(plan: Mapping[str, Any]) -> None:
     Raises:
         KeyboardInterrupt: where the command that made the plan is gone; its workers outlive it for a while.
     """
-    if effective_status({**plan, "status": "running"}) != "running":
+    if not _is_there(plan):
         raise KeyboardInterrupt
+
+
+def _is_there(command: Mapping[str, Any]) -> bool:
+    return effective_status({**command, "status": "running"}) == "running"
 
 
 def _stop(process: BaseProcess) -> None:
