@@ -325,7 +325,7 @@ def check_names(folder: str | os.PathLike[str]) -> None:
                 "instead; give it another name"
             )
     for group in ("algorithm", "model", "task"):
-        for file in sorted(Path(folder, group).glob("*.yaml")):
+        for file in sorted(path for path in Path(folder, group).glob("*.yaml") if path.is_file()):
             text = file.read_text(encoding="utf-8", errors="replace")
             for called in re.findall(r"^name: *[\"']?([\w.-]+)", text, re.MULTILINE):
                 entry = ours / group / f"{called}.yaml"
@@ -348,7 +348,7 @@ def check_sources(hydra: "HydraConf") -> None:
 
 
 def check_choices(hydra: "HydraConf") -> None:
-    """Refuse a list of entries where one is to be chosen: Hydra would merge them, each over the one before it.
+    """Refuse a list of entries where one is to be chosen, which Hydra would merge, each over the one before it.
 
     Args:
         hydra: the `hydra` node of what was composed.
@@ -359,8 +359,8 @@ def check_choices(hydra: "HydraConf") -> None:
     for group in sorted(entry.name for entry in conf_dir().iterdir() if entry.name in RunConfig.__annotations__):
         if group not in hydra.runtime.choices:
             raise ConfigError(
-                f"{group}: a list in brackets would merge its entries into one; name one entry, or with -m several of "
-                f"them without brackets, {group}=A,B"
+                f"{group}: name one entry, or with -m several of them without brackets, {group}=A,B; a list in "
+                f"brackets would merge its entries into one, and ~{group} leaves none"
             )
 
 

@@ -14,11 +14,16 @@ from harness.config import RunConfig
 from harness.errors import ConfigError
 
 # What composing a configuration raises of its own; of entries without an end, Python's error.
-REFUSED = (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError)
+REFUSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
+_NO_ENTRY = "Config group override"  # how Hydra's ValueError for null or a number in place of an entry begins
 
 
 def refusal(error: Exception) -> ConfigError:
-    """One of :data:`REFUSED`, as the error of a configuration that cannot run."""
+    """One of :data:`REFUSED`, as the error of a configuration that cannot run.
+
+    Raises:
+        ValueError: as it came where it is not Hydra's: a ConfigError, which says it already, or a mistake of ours.
+    """
     cause = error.__cause__
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
@@ -27,6 +32,10 @@ def refusal(error: Exception) -> ConfigError:
         return ConfigError(f"an entry is not UTF-8 ({error}): save it as UTF-8")
     if isinstance(error, RecursionError):
         return ConfigError("an entry has itself among its defaults, or among theirs: take it out of there")
+    if type(error) is ValueError and str(error).startswith(_NO_ENTRY):
+        return ConfigError("an entry is chosen by its name, e.g. algorithm=grpo; null and numbers are no names")
+    if type(error) is ValueError or isinstance(error, ConfigError):
+        raise error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         name = error.missing_cfg_file.rpartition("/")[2]
         return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}")

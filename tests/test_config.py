@@ -154,6 +154,7 @@ def test_an_entry_of_the_users_own_with_the_name_of_ours_is_refused_but_a_claim_
     with pytest.raises(ConfigError, match=r"--config-dir .*: algorithm/grpo\.yaml has the name of an entry of ours"):
         compose(["algorithm=grpo"], config_dir=tmp_path)
     (tmp_path / "algorithm" / "grpo.yaml").unlink()
+    (tmp_path / "algorithm" / "folder.yaml").mkdir()  # which is no entry
     compose(["algorithm=grpo"], config_dir=tmp_path)
     compose(["algorithm=grpo"], config_dir=conf_dir())  # ours are not in their own way
 

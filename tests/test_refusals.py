@@ -4,6 +4,7 @@ import pytest
 
 from harness.config import compose
 from harness.errors import ConfigError
+from harness.refusals import refusal
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,10 @@ from harness.errors import ConfigError
         (["seed"], "seed: not KEY=VALUE as Hydra reads it: "),
         (["claims=reward"], "Could not override 'claims'. No match in the defaults list."),
         (["seed=${gone}"], "Interpolation key 'gone' not found"),
-        (["algorithm=[grpo,gspo]"], "algorithm: a list in brackets would merge its entries into one; name one entry"),
-        (["model=[tiny_moe]"], "model: a list in brackets"),
+        (["algorithm=[grpo,gspo]"], "algorithm: name one entry, or with -m several of them without brackets, algo"),
+        (["~model"], "model: name one entry, or with -m several of them without brackets, model=A,B; a list in"),
+        (["algorithm=null"], "an entry is chosen by its name, e.g. algorithm=grpo; null and numbers are no names"),
+        (["model=3"], "an entry is chosen by its name"),
         (["+seed=3"], "Could not append to config. An item is already at 'seed'. Either remove + prefix: 'seed=3'"),
     ],
 )
@@ -31,6 +34,12 @@ def test_a_misspelt_override_is_told_in_one_line_with_what_is_near_it(overrides,
     with pytest.raises(ConfigError) as raised:
         compose(overrides)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_one_of_the_configuration():
+    with pytest.raises(ValueError, match="^ours$") as raised:
+        refusal(ValueError("ours"))
+    assert type(raised.value) is ValueError
 
 
 def test_only_keys_that_the_schema_leaves_open_are_offered_to_be_added():

@@ -59,6 +59,9 @@ def test_every_algorithm_gets_as_many_trials_or_the_plan_stops():
     algorithm = compose(["algorithm=gspo"]).algorithm
     with pytest.raises(ConfigError, match=r"search_space of gspo has 5 combinations where tuning.trials=6"):
         draw(algorithm, 6)
+    algorithm.search_space["optimizer.learning_rate"] = [1e-4, 2e-4, 1e-4]
+    with pytest.raises(ConfigError, match=r"search_space.optimizer.learning_rate of gspo lists 0.0001 more than once"):
+        draw(algorithm, 2)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def draw(algorithm: AlgorithmConfig, trials: int) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"algorithm.search_space.{key} of {algorithm.name} lists no value: give some, or leave it out"
             )
+        for value in values:
+            if values.count(value) > 1:
+                raise ConfigError(
+                    f"algorithm.search_space.{key} of {algorithm.name} lists {value} more than once: list each once"
+                )
     size = len(ParameterGrid(space))
     if size < trials:
         raise ConfigError(
