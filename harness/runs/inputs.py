@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig
-from harness.evaluation.entries import entry_path, held_out_entries
+from harness.evaluation.entries import data_files, entry_paths, held_out_entries
 from harness.runs.provenance import fingerprint
 
 # What transformers reads of a model's folder: weights, configurations, tokenizer and chat template.
@@ -18,14 +18,16 @@ def inputs_fingerprint(config: RunConfig) -> dict[str, str]:
     """The :func:`fingerprint` of each file that a run reads beside the code and its configuration, by name.
 
     These are its plugins, its model's folder, its task's file, the entries whose problems its evaluation asks, and
-    lm-eval tasks of the user's. What a plugin imports in its turn is not among them, nor is a model or a data set that
-    is known by its name.
+    lm-eval tasks of the user's with their files. What a plugin imports in its turn is not among them, nor is a model or
+    a data set that is known by its name.
     """
     specs = {plugin: find_spec(plugin) for plugin in config.plugins}
     sources = {plugin: Path(spec.origin) for plugin, spec in specs.items() if spec and spec.origin}
     places = {plugin: path.parent if path.name == "__init__.py" else path for plugin, path in sources.items()}
-    places |= {f"conf/task/{task}.yaml": entry_path(task) for task in held_out_entries(config.evaluation).values()}
+    entries = [path for task in held_out_entries(config.evaluation).values() for path in entry_paths(task)]
+    places |= {f"conf/task/{path.name}": path for path in entries}
     places |= {path: Path(path) for path in (config.task.path, config.evaluation.task_path) if path}
+    places |= {str(path): path for path in data_files(config.evaluation)}
     digests = {name: fingerprint([place.name], place.parent) for name, place in places.items()}
     if config.model.path and Path(config.model.path).is_dir():
         digests[config.model.path] = _model_fingerprint(Path(config.model.path))

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from harness.config import TaskConfig
@@ -45,7 +47,8 @@ def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str) -> Probl
     """Fill the task's templates from a problem's fields.
 
     Raises:
-        ConfigError: for a field that is not there, a malformed template, or a pattern that finds no answer.
+        ConfigError: for a field that is not there or has no value, a malformed template, a pattern that finds no
+            answer, or text that UTF-8 cannot hold.
     """
     answer = _fill(task.answer, fields, f"{key}.answer")
     if task.answer_pattern is not None:
@@ -53,11 +56,28 @@ def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str) -> Probl
     return Problem(_fill(task.prompt, fields, f"{key}.prompt"), answer.strip(), dict(fields))
 
 
+class _Template(Formatter):
+    """Refuses what would become the text None or nan."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise ConfigError(
+                f"a field that it names is {'null' if value is None else 'not a number'}; give it a value"
+            )
+        return str(super().format_field(value, format_spec))
+
+
 def _fill(template: str, fields: Mapping[str, Any], key: str) -> str:
     try:
-        return template.format_map(fields)
+        text = _Template().vformat(template, (), fields)
+        text.encode()
+        return text
     except KeyError as error:
         raise ConfigError(f"{key}: there is no field {error}; the fields are {', '.join(fields)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{key}={template!r}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{key}: the text has half of a surrogate pair, which no tokenizer takes: {error}") from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise ConfigError(f"{key}={template!r} is not a template such as '{{question}}': {error}") from error
 

@@ -50,13 +50,18 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
     """All problems of a JSON lines file or a `datasets` data set, in its order.
 
     Raises:
-        ConfigError: for a source that cannot be read, or a row that does not fit the templates (with its line number).
+        ConfigError: for a source that cannot be read, or a row that does not fit the templates or leaves one
+            empty (with its line number).
     """
     read, place = (_json_lines, f"{task.path}, line") if task.source == "json_lines" else (_hub_rows, "row")
     problems = []
     for number, row in read(task, key):
         try:
-            problems.append(make_problem(task, row, key))
+            problem = make_problem(task, row, key)
+            for name in ("prompt", "answer"):
+                if not getattr(problem, name).strip():
+                    raise ConfigError(f"{key}.{name}={getattr(task, name)!r} is empty: give the row's fields a text")
+            problems.append(problem)
         except ConfigError as error:
             raise ConfigError(f"{error} ({place} {number})") from error
     if not problems:
@@ -67,7 +72,7 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
 def _json_lines(task: TaskConfig, key: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     try:
-        lines = Path(str(task.path)).read_text(encoding="utf-8").split("\n")
+        lines = Path(str(task.path)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}.path={task.path}: {error}; give a file of JSON lines in UTF-8") from error
     for number, line in enumerate(lines, start=1):
@@ -76,7 +81,7 @@ def _json_lines(task: TaskConfig, key: str) -> list[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}.path: {task.path}, line {number} is not JSON: {error}") from error
+            raise ConfigError(f"{key}.path: {task.path}, line {number} cannot be read as JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{key}.path: {task.path}, line {number} is not a JSON object")
         rows.append((number, row))

@@ -10,6 +10,7 @@ from harness import tasks
 from harness.config import TaskConfig, conf_dir
 from harness.errors import ConfigError
 from harness.tasks import PromptStream, check_task
+from harness.tasks.sources import finite_problems
 from harness.tasks.verifiers import EVALUATES_ANSWERS, gsm8k_reward
 
 ROWS = [
@@ -91,17 +92,42 @@ def test_the_key_is_the_callers(tmp_path):
 @pytest.mark.parametrize(
     "bad_line, message",
     [
-        ('{"question": "cut off', "line 3 is not JSON"),
-        ("[" * 100_000, "line 3 is not JSON"),
+        ('{"question": "cut off', "line 3 cannot be read as JSON"),
+        ("[" * 100_000, "line 3 cannot be read as JSON"),
         ('["a", "list"]', "line 3 is not a JSON object"),
         ('{"question": "no answer here"}', r"no field 'answer'.*line 3"),
         ('{"question": "no mark", "answer": "4"}', r"answer_pattern.*finds nothing.*line 3"),
+        (
+            '{"question": null, "answer": "#### 4"}',
+            r"task\.prompt='Question: .*it names is null; .*line 3",
+        ),
+        ('{"question": "what?", "answer": NaN}', r"task\.answer='{answer}': .*is not a number; .*line 3"),
+        ('{"question": "what?", "answer": "#### "}', r"task\.answer=.* is empty: .*line 3"),
+        ('{"question": "\\ud800", "answer": "#### 4"}', r"task\.prompt: .*half of a surrogate pair.*line 3"),
+        ('{"question": ' + "9" * 5001 + ', "answer": "#### 4"}', r"line 3 cannot be read as JSON: Exceeds the limit"),
     ],
 )
 def test_a_malformed_line_is_named_by_its_number(tmp_path, bad_line, message):
     task = json_lines(tmp_path, json.dumps(ROWS[0]), "", bad_line, json.dumps(ROWS[1]))
     with pytest.raises(ConfigError, match=message):
         check_task(task, "task")
+
+
+def test_a_prompt_without_a_text_is_refused(tmp_path):
+    task = replace(json_lines(tmp_path, '{"question": " ", "answer": "#### 4"}'), prompt="{question}")
+    with pytest.raises(ConfigError, match=r"task\.prompt='{question}' is empty: .*line 1"):
+        check_task(task, "task")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    task = json_lines(tmp_path, "\ufeff" + json.dumps(ROWS[0]))
+    check_task(task, "task")
+
+
+def test_a_value_that_is_false_or_zero_is_text_as_any_other(tmp_path):
+    task = replace(json_lines(tmp_path, '{"question": 0, "answer": false}'), answer_pattern=None)
+    (problem,) = finite_problems(task, "task")
+    assert problem.prompt.startswith("Question: 0\n") and problem.answer == "False"
 
 
 def test_a_file_that_is_missing_empty_or_binary_is_refused(tmp_path):
@@ -146,5 +172,5 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     file.write_text("no JSON")
     os.utime(file, ns=(0, 0))
     for _ in range(2):  # what is wrong is told to every cell
-        with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        with pytest.raises(ConfigError, match="line 1 cannot be read as JSON"):
             check_task(task, "task")
