@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from harness.errors import ConfigError
 
 # Hydra and OmegaConf are imported where they are used: what needs the types alone works without them.
 if TYPE_CHECKING:
-    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 BUDGET_AXES = ("flops", "device_seconds", "tokens", "queries", "updates")
@@ -269,13 +267,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def conf_dir() -> Path:
-    """The folder of the YAML entries: inside an installed wheel, or beside the package in a clone."""
-    package = Path(__file__).parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
 def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None) -> RunConfig:
     """Compose and validate a run's configuration without the command line.
 
@@ -289,7 +280,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from harness.refusals import REFUSED, refusal  # it imports this module for the schema
+    from harness.entries import check_choices, check_names, conf_dir  # they import this module for the schema
+    from harness.refusals import REFUSED, refusal
 
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -304,64 +296,6 @@ def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | 
             return validate(config)
     except REFUSED as error:
         raise refusal(error) from error
-
-
-def check_names(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder of further entries where one is taken for one of ours.
-
-    Hydra would silently take ours for a file of the same name, but for claims, which it does not read: there theirs
-    replaces ours. Runs are named by the `name` of algorithm, model and task.
-
-    Raises:
-        ConfigError: naming the first such entry.
-    """
-    ours = conf_dir()
-    for file in sorted(ours.rglob("*.yaml")):
-        name = file.relative_to(ours)
-        theirs = Path(folder) / name
-        if name.parts[0] != "claims" and theirs.exists() and not theirs.samefile(file):
-            raise ConfigError(
-                f"--config-dir {folder}: {name.as_posix()} has the name of an entry of ours, which would be taken "
-                "instead; give it another name"
-            )
-    for group in ("algorithm", "model", "task"):
-        for file in sorted(path for path in Path(folder, group).glob("*.yaml") if path.is_file()):
-            text = file.read_text(encoding="utf-8", errors="replace")
-            for called in re.findall(r"^name: *[\"']?([\w.-]+)", text, re.MULTILINE):
-                entry = ours / group / f"{called}.yaml"
-                if entry.exists() and not entry.samefile(file):
-                    raise ConfigError(
-                        f"--config-dir {folder}: {group}/{file.name} has the name: {called} of an entry of ours, so "
-                        "that their runs could not be told apart; give it another name"
-                    )
-
-
-def check_sources(hydra: "HydraConf") -> None:
-    """As :func:`check_names`, for all folders that a command line takes its entries from.
-
-    Args:
-        hydra: the command's `hydra` node.
-    """
-    for source in hydra.runtime.config_sources:
-        if source.schema == "file":
-            check_names(source.path)
-
-
-def check_choices(hydra: "HydraConf") -> None:
-    """Refuse a list of entries where one is to be chosen, which Hydra would merge, each over the one before it.
-
-    Args:
-        hydra: the `hydra` node of what was composed.
-
-    Raises:
-        ConfigError: naming the group.
-    """
-    for group in sorted(entry.name for entry in conf_dir().iterdir() if entry.name in RunConfig.__annotations__):
-        if group not in hydra.runtime.choices:
-            raise ConfigError(
-                f"{group}: name one entry, or with -m several of them without brackets, {group}=A,B; a list in "
-                f"brackets would merge its entries into one, and ~{group} leaves none"
-            )
 
 
 def validate(config: "DictConfig") -> RunConfig:

@@ -6,7 +6,7 @@ import sys
 
 import hydra
 
-from harness.config import conf_dir
+from harness.entries import conf_dir
 from harness.refusals import REFUSED, refusal
 from harness.sweep import session
 from harness.sweep.launch import run_or_launch

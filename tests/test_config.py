@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import compose, conf_dir, load, save
+from harness.config import compose, load, save
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 
 # Parts without settings.

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.algorithms.objective import policy_loss
 from harness.algorithms.registry import part
-from harness.config import RunConfig, compose, conf_dir
+from harness.config import RunConfig, compose
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.export import main
 from harness.exporting import trl, verl

@@ -23,7 +23,8 @@ from harness.analysis.sweep import read_sweep
 from harness.analysis.tables import budgets, completion, score_overview
 from harness.analysis.verdicts import headlines
 from harness.cell import run_cell
-from harness.config import BUDGET_AXES, compose, conf_dir
+from harness.config import BUDGET_AXES, compose
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.policy.loading import weights_hash
 from harness.policy.routing import Routing

@@ -55,7 +55,8 @@ def test_wheel_installs_the_package_and_nothing_beside_it(wheel):
 
 
 def test_installed_wheel_composes_from_its_own_entries(wheel, tmp_path):
-    code = "from harness.config import compose, conf_dir; print(conf_dir()); print(compose(['algorithm=grpo']).label)"
+    imports = "from harness.config import compose; from harness.entries import conf_dir"
+    code = f"{imports}; print(conf_dir()); print(compose(['algorithm=grpo']).label)"
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness.config import compose, conf_dir
+from harness.config import compose
+from harness.entries import conf_dir
 from harness.runs import load_cells, load_evaluations, load_runs
 from harness.runs.trials import best_trials, trial_scores
 

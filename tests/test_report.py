@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.config import conf_dir
+from harness.entries import conf_dir
 from harness.report import main
 from tests.analysis.synthetic import Cell, comparison, write_sweep
 

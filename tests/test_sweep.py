@@ -17,7 +17,8 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from harness.config import compose, conf_dir, load
+from harness.config import compose, load
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze

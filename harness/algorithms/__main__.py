@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from harness.config import AlgorithmConfig, compose, conf_dir
+from harness.config import AlgorithmConfig, compose
+from harness.entries import conf_dir
 
 INTRODUCTION = """\
 # Algorithms

@@ -15,7 +15,7 @@ from harness.analysis.hypotheses import Hypothesis, Outcome, Result, examine
 from harness.analysis.quantities import Quantity
 from harness.analysis.sweep import Sweep, columns_of
 from harness.analysis.table import Table
-from harness.config import conf_dir
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 
 _MODELS = {"all": "model", "dense": "dense model", "moe": "mixture-of-experts model"}

@@ -6,7 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from harness.config import RunConfig, conf_dir
+from harness.config import RunConfig
+from harness.entries import conf_dir
 
 
 def bare_config(groups: Mapping[str, str], overrides: Mapping[str, Any]) -> RunConfig:

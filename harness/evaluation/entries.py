@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from harness.config import EvaluationConfig, TaskConfig, conf_dir
+from harness.config import EvaluationConfig, TaskConfig
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from harness.config import ModelConfig, conf_dir
+from harness.config import ModelConfig
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 
 

@@ -17,7 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, check_choices, equal_part, read, typed
+from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
+from harness.entries import check_choices
 from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.machine import cache_dir
 from harness.refusals import REFUSED, refusal

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.config import check_sources
+from harness.entries import check_sources
 from harness.errors import ConfigError
 from harness.runs.directory import FINAL, RunDirectory, RunInUse
 from harness.status import labels, make_console, number, read_cell, summary, table

@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 from rich.text import Text
 
 from harness.cell import EXIT_CODES, prepare, run_cell
-from harness.config import check_choices, check_sources, validate
+from harness.config import validate
+from harness.entries import check_choices, check_sources
 from harness.errors import ConfigError
 from harness.runs.reading import SWEEP
 from harness.status import make_console, read_cell, table

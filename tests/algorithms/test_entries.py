@@ -20,7 +20,7 @@ from harness.algorithms.__main__ import document, entries, entry
 from harness.algorithms.advantages import last_tokens
 from harness.algorithms.objective import aggregation_weights, policy_loss, selected_tokens, weighted_policy_loss
 from harness.algorithms.registry import PARTS, part
-from harness.config import conf_dir
+from harness.entries import conf_dir
 
 entry = cache(entry)
 of_every_entry = pytest.mark.parametrize("name", entries())

@@ -15,7 +15,7 @@ from harness.analysis.hypotheses import Hypothesis, Result, examine
 from harness.analysis.intervals import NONE, bootstrap_interval, probability_of_improvement
 from harness.analysis.quantities import Cost, Measurement, Score, TimeToTarget
 from harness.analysis.sweep import Sweep, read_sweep
-from harness.config import conf_dir
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from tests.analysis.synthetic import Cell, write_sweep
 from tests.analysis.toy import Run, toy_sweep

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.evaluation.downstream import load_tasks
 from harness.evaluation.problems import marked_answer
 from harness.tasks import PromptStream

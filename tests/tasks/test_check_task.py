@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness import tasks
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.tasks import PromptStream, check_task
 from harness.tasks.sources import finite_problems

@@ -3,7 +3,8 @@ import random
 import pytest
 from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.tasks import STEP_VERIFIERS, Problem, PromptStream
 from harness.tasks.worked_solutions import chain_sum
 

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.tasks import PromptStream
 from harness.tasks.problem import SPLITS, content_bucket

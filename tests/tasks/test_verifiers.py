@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.tasks import VERIFIERS, Problem, PromptStream
 from harness.tasks.verifiers import EVALUATES_ANSWERS, gsm8k_reward, marked_answer_reward, math_reward
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from harness.config import TaskConfig, conf_dir
+from harness.config import TaskConfig
+from harness.entries import conf_dir
 from harness.tasks import PromptStream
 from harness.tasks.verifiers import marked_answer_reward
 from harness.tasks.worked_solutions import chain_sum
