@@ -260,5 +260,5 @@ def test_problems_that_an_evaluation_asks_in_other_words_are_refused(key):
 def test_a_malformed_line_of_the_data_is_named_by_its_number(tmp_path):
     good = json.dumps({"question": "1+1?", "answer": "#### 2"})
     (tmp_path / "train.jsonl").write_text(f"{good}\n{good[:-5]}\n")
-    with pytest.raises(ConfigError, match=r"task\.path: .*train\.jsonl, line 2 cannot be read as JSON"):
+    with pytest.raises(ConfigError, match=r"task\.path: .*train\.jsonl, line 2 is not JSON"):
         compose(["task=gsm8k", f"task.path={tmp_path}/train.jsonl"])

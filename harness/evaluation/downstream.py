@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import EvaluationConfig
 from harness.errors import ConfigError
-from harness.evaluation.entries import LOCAL_TASKS, check_task_folder
+from harness.evaluation.entries import LOCAL_TASKS, local_tasks
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -75,11 +75,12 @@ def check_evaluation(config: EvaluationConfig) -> None:
     """Stop an evaluation that cannot run, before any compute.
 
     Raises:
-        ConfigError: for a task that lm-eval does not know, or a folder that is not there or has what cannot be used.
+        ConfigError: for a task that lm-eval does not know, a folder that is not there, or a file in it that cannot be
+            read or has the name of another.
     """
     if config.task_path is not None and not Path(config.task_path).is_dir():
         raise ConfigError(f"evaluation.task_path={config.task_path}: no such folder; give one of lm-eval task YAMLs")
-    check_task_folder(config)
+    local_tasks(config)
     if set(config.tasks) <= {path.stem for path in LOCAL_TASKS.glob("*.yaml")}:
         return  # known without importing lm-eval, which takes seconds
     local = _task_manager(config.task_path, False, config.limit).all_tasks

@@ -1,10 +1,13 @@
-"""Whose problems local lm-eval tasks ask, read from their YAML without lm-eval, whose import takes seconds."""
+"""What local lm-eval tasks ask, read from their YAML without lm-eval, whose import takes seconds."""
 
+from collections.abc import Mapping
+from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from harness.config import EvaluationConfig, TaskConfig
 from harness.entries import conf_dir
@@ -12,6 +15,7 @@ from harness.errors import ConfigError
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 _HELD_OUT = "harness.evaluation.problems.held_out"  # the function that makes held-out problems of an entry in conf/task
+_NOT_READ = {"__pycache__", ".ipynb_checkpoints"}  # folders that lm-eval passes over
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # in C where PyYAML was built with it
@@ -21,111 +25,116 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: node.value)
 
 
+def local_tasks(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """The lm-eval tasks of the harness and of the user's folder, by name, each with what it includes.
+
+    Raises:
+        ConfigError: for a file that is no YAML, which lm-eval would silently leave out, or for one with the name of
+            another, where that is one of ours or asked for.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    files: dict[str, Path] = {}
+    for file in _files(config):
+        try:
+            task = _with_includes(file)
+        except RecursionError as error:
+            raise ConfigError(f"evaluation.task_path: {file} includes itself: take it out of its `include`") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"evaluation.task_path: {file} cannot be read as the YAML of an lm-eval task ({reason}): mend it, or "
+                "take it out of that folder"
+            ) from error
+        name = task.get("group", task.get("task"))
+        if not isinstance(name, str):
+            continue  # what others include
+        other = files.setdefault(name, file)
+        if (name in config.tasks or other.parent == LOCAL_TASKS) and not other.samefile(file):
+            raise ConfigError(
+                f"evaluation.task_path={config.task_path}: {file} has the name of {other}, {name}, and lm-eval would "
+                "take one of them alone: give it another name"
+            )
+        tasks.setdefault(name, task)
+    return tasks
+
+
 def held_out_entries(config: EvaluationConfig) -> dict[str, str]:
-    """Of the evaluation's tasks, those that ask the held-out problems of an entry in conf/task, and its name."""
-    return {
-        str(task["task"]): str(task["dataset_kwargs"]["task"])
-        for task in _asked(config)
-        if task.get("custom_dataset") == _HELD_OUT
-    }
+    """Of the evaluation's tasks, those that ask the held-out problems of an entry in conf/task, and its name. Raises as
+    :func:`local_tasks`."""
+    held_out = {name: task for name, task in _asked(config).items() if task.get("custom_dataset") == _HELD_OUT}
+    return {name: str(_dataset_kwargs(task).get("task")) for name, task in held_out.items()}
 
 
 def data_files(config: EvaluationConfig) -> list[Path]:
-    """Of the evaluation's tasks, the local files that their data are read from."""
-    named = _texts([(task.get("dataset_kwargs") or {}).get("data_files") for task in _asked(config)])
-    return [Path(name) for name in named if Path(name).is_file()]
+    """The files on this machine that the evaluation's local tasks give to `datasets`. Raises as :func:`local_tasks`."""
+    given = [_dataset_kwargs(task) for task in _asked(config).values()]
+    patterns = [Path(each.get("data_dir") or "", name) for each in given for name in _names(each.get("data_files", []))]
+    return [Path(found) for pattern in patterns for found in sorted(glob(str(pattern), recursive=True))]
 
 
-def check_task_folder(config: EvaluationConfig) -> None:
-    """
-    Raises:
-        ConfigError: for a file of the user's that lm-eval passes over because it cannot be read, or a task that it
-            would take in place of one of ours.
-    """
-    folder = Path(config.task_path) if config.task_path else None
-    if folder is None or folder.samefile(LOCAL_TASKS):
-        return
-    for file in sorted(folder.rglob("*.yaml")):
-        _parse(file)
-    for name in _by_name(folder).keys() & _by_name(LOCAL_TASKS).keys():
-        raise ConfigError(
-            f"evaluation.task_path: {_by_name(folder)[name]} has the name of a task of ours, {name}; give it another"
-        )
-
-
-def entry_paths(task: str) -> list[Path]:
-    """Where an entry of conf/task lies, and before it those that it builds on. Raises as :func:`entry`."""
-    return list(dict.fromkeys(path for path, _ in _layers(task)))
-
-
-def entry(task: str) -> TaskConfig:
-    """An entry of conf/task.
+def entry_files(task: str) -> list[Path]:
+    """The files that an entry of conf/task is made of: its `defaults` and itself, each over the ones before it.
 
     Raises:
         ConfigError: where there is none of that name.
     """
-    layers = (layer for _, layer in _layers(task))
-    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), *layers))
+    folder = conf_dir() / "task"
+    path = folder / f"{task}.yaml"
+    if not path.exists():
+        raise ConfigError(
+            f"evaluation.tasks: dataset_kwargs.task={task} of one of them: no such entry comes with the harness, and "
+            "those of a --config-dir cannot be named there; name one of "
+            f"{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
+        )
+    names = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", ["_self_"])
+    return [file for name in names for file in ([path] if name == "_self_" else entry_files(name))]
+
+
+@cache  # cells of a plan ask for the same ones
+def entry(task: str) -> TaskConfig:
+    """An entry of conf/task, composed. Not by Hydra, which may be at work on the run itself. Raises as
+    :func:`entry_files`."""
+    values = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, entry_files(task))))
+    assert isinstance(values, dict)
+    values.pop("defaults", None)
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values))
     assert isinstance(found, TaskConfig)
     return found
 
 
-def _layers(task: str) -> list[tuple[Path, DictConfig]]:
-    """The entries that one is made of, each over those before it, as Hydra would; Hydra itself takes 0.2 s for it."""
-    path = conf_dir() / "task" / f"{task}.yaml"
-    if not path.exists():
-        raise ConfigError(
-            f"evaluation.tasks: dataset_kwargs.task={task} of one of them: there is no {path}; name an entry that is "
-            "there, which those of --config-dir are not"
-        )
-    own = OmegaConf.load(path)
-    assert isinstance(own, DictConfig)
-    below = own.pop("defaults", ["_self_"])
-    return [layer for name in below for layer in ([(path, own)] if name == "_self_" else _layers(name))]
+def _asked(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    return {name: task for name, task in local_tasks(config).items() if name in config.tasks}
 
 
-def _asked(config: EvaluationConfig) -> list[dict[str, Any]]:
-    """The YAML of those tasks that are local."""
+def _files(config: EvaluationConfig) -> list[Path]:
     folders = [LOCAL_TASKS, *([Path(config.task_path)] if config.task_path else [])]
-    files = [files[name] for files in map(_by_name, folders) for name in files if name in config.tasks]
-    return [_with_includes(file) for file in files]
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    """The files that lie in a folder, by the name of the task that each is."""
-    named = {file: _read(file).get("task") for file in sorted(folder.rglob("*.yaml"))}
-    return {name: file for file, name in named.items() if isinstance(name, str)}
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts in lists and dicts of whatever depth."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [text for one in value for text in _texts(one)]
-    return [value] if isinstance(value, str) else []
+    found = (file for folder in folders for file in sorted(folder.rglob("*.yaml")))
+    return [file for file in found if not _NOT_READ.intersection(file.parts)]
 
 
 def _with_includes(file: Path) -> dict[str, Any]:
-    content = _read(file)
+    content = _read(file, file.stat().st_mtime_ns)
     included = content.get("include", [])
     merged: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
-        merged |= _with_includes(file.parent / name)
+    for name in included if isinstance(included, list) else [included]:
+        merged |= _with_includes(file.parent / str(name))
     return merged | content
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A task's YAML; empty for what is none, which lm-eval passes over, too."""
-    try:
-        content = _parse(file)
-    except ConfigError:
-        return {}
+@cache  # cells of a plan read the same ones
+def _read(file: Path, changed: int) -> dict[str, Any]:
+    """A task's YAML as of when it was changed; empty for a value or list, which lm-eval reads over."""
+    with file.open("rb") as opened:
+        content = yaml.load(opened, _Loader)
     return content if isinstance(content, dict) else {}
 
 
-def _parse(file: Path) -> Any:
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"evaluation.task_path: {file} cannot be read: {' '.join(str(error).split())}") from error
+def _dataset_kwargs(task: Mapping[str, Any]) -> dict[str, Any]:
+    given = task.get("dataset_kwargs")
+    return given if isinstance(given, dict) else {}
+
+
+def _names(files: Any) -> list[str]:
+    """The paths and patterns of `data_files`: one, several, or those of each split."""
+    parts = list(files.values()) if isinstance(files, dict) else files
+    return [name for part in parts for name in _names(part)] if isinstance(parts, list) else [str(parts)]

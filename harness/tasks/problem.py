@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
@@ -33,6 +33,17 @@ class Problem:
     fields: dict[str, Any]
 
 
+class Given(Formatter):
+    """Fills a template with what is given alone: a null or NaN would read as that word."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, name = super().get_field(field_name, args, kwargs)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            called = "null" if value is None else "NaN"
+            raise ConfigError(f"the field '{field_name}' is {called}: give it a value, or leave the problem out")
+        return value, name
+
+
 def content_bucket(prompt: str) -> int:
     """The bucket of a prompt, in 0 to 99. White space does not count, since a tokenizer may drop it."""
     return int(hashlib.sha256("".join(prompt.split()).encode()).hexdigest(), 16) % BUCKETS
@@ -43,41 +54,49 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()[:8])
 
 
-def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str) -> Problem:
+def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str, formatter: Formatter) -> Problem:
     """Fill the task's templates from a problem's fields.
 
+    Args:
+        task: has the templates.
+        fields: of the problem.
+        key: where the task stands in the run's configuration.
+        formatter: what fills a template; it may refuse a value with a ConfigError.
+
     Raises:
-        ConfigError: for a field that is not there or has no value, a malformed template, a pattern that finds no
-            answer, or text that UTF-8 cannot hold.
+        ConfigError: for a field that is not there, a malformed template, or a pattern that finds no answer.
     """
-    answer = _fill(task.answer, fields, f"{key}.answer")
+    answer = _fill(task.answer, fields, f"{key}.answer", formatter)
     if task.answer_pattern is not None:
         answer = _extract(task.answer_pattern, answer, f"{key}.answer_pattern")
-    return Problem(_fill(task.prompt, fields, f"{key}.prompt"), answer.strip(), dict(fields))
+    return Problem(_fill(task.prompt, fields, f"{key}.prompt", formatter), answer.strip(), dict(fields))
 
 
-class _Template(Formatter):
-    """Refuses what would become the text None or nan."""
+def check_text(problem: Problem, key: str) -> None:
+    """Stop a problem that asks or expects nothing, or what no tokenizer can read.
 
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+    Raises:
+        ConfigError: for a prompt or answer that is empty or cannot be encoded.
+    """
+    for name, text in (("prompt", problem.prompt), ("answer", problem.answer)):
+        if not text.strip():
+            raise ConfigError(f"{key}.{name} gives an empty {name}: give its fields a text, or leave the problem out")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise ConfigError(
-                f"a field that it names is {'null' if value is None else 'not a number'}; give it a value"
-            )
-        return str(super().format_field(value, format_spec))
+                f"{key}.{name} gives {ascii(text[error.start])}, half of a surrogate pair, which is no character: "
+                "write the character whole"
+            ) from error
 
 
-def _fill(template: str, fields: Mapping[str, Any], key: str) -> str:
+def _fill(template: str, fields: Mapping[str, Any], key: str, formatter: Formatter) -> str:
     try:
-        text = _Template().vformat(template, (), fields)
-        text.encode()
-        return text
+        return formatter.vformat(template, (), fields)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
     except KeyError as error:
         raise ConfigError(f"{key}: there is no field {error}; the fields are {', '.join(fields)}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{key}={template!r}: {error}") from error
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{key}: the text has half of a surrogate pair, which no tokenizer takes: {error}") from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise ConfigError(f"{key}={template!r} is not a template such as '{{question}}': {error}") from error
 
@@ -85,7 +104,7 @@ def _fill(template: str, fields: Mapping[str, Any], key: str) -> str:
 def _extract(pattern: str, answer: str, key: str) -> str:
     try:
         found = re.search(pattern, answer)
-        if found is None:
+        if found is None or found.group(1) is None:
             raise ConfigError(f"{key}={pattern!r} finds nothing in the answer {answer[-80:]!r}")
         return found.group(1)
     except (re.error, IndexError) as error:

@@ -1,15 +1,17 @@
 """Where problems come from: a generator without end (reasoning-gym), or the rows of a file or hub data set."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields as dataclass_fields
 from functools import partial
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from harness.config import TaskConfig
 from harness.errors import ConfigError
-from harness.tasks.problem import Problem, make_problem
+from harness.tasks.problem import Given, Problem, check_text, make_problem
 
 
 def generator(task: TaskConfig, key: str) -> Callable[..., Any]:
@@ -33,7 +35,10 @@ def generator(task: TaskConfig, key: str) -> Callable[..., Any]:
 
 
 def generated_problem(task: TaskConfig, entry: Mapping[str, Any], key: str) -> Problem:
-    """A reasoning-gym entry as a problem; its metadata are fields beside `question` and `answer`."""
+    """A reasoning-gym entry as a problem; its metadata are fields beside `question` and `answer`.
+
+    Some data sets have no answer, since they judge in other ways.
+    """
     metadata = entry["metadata"]
     fields = {
         **metadata,
@@ -43,27 +48,24 @@ def generated_problem(task: TaskConfig, entry: Mapping[str, Any], key: str) -> P
         "source_dataset": task.dataset,
         "source_parameters": task.parameters,
     }
-    return make_problem(task, fields, key)
+    return make_problem(task, fields, key, Formatter())
 
 
 def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
     """All problems of a JSON lines file or a `datasets` data set, in its order.
 
     Raises:
-        ConfigError: for a source that cannot be read, or a row that does not fit the templates or leaves one
-            empty (with its line number).
+        ConfigError: for a source that cannot be read, or a row that does not fit the templates (with its line number).
     """
     read, place = (_json_lines, f"{task.path}, line") if task.source == "json_lines" else (_hub_rows, "row")
     problems = []
     for number, row in read(task, key):
         try:
-            problem = make_problem(task, row, key)
-            for name in ("prompt", "answer"):
-                if not getattr(problem, name).strip():
-                    raise ConfigError(f"{key}.{name}={getattr(task, name)!r} is empty: give the row's fields a text")
-            problems.append(problem)
+            problem = make_problem(task, row, key, Given())
+            check_text(problem, key)
         except ConfigError as error:
             raise ConfigError(f"{error} ({place} {number})") from error
+        problems.append(problem)
     if not problems:
         raise ConfigError(f"{key}: {task.path or task.dataset} holds no problem")
     return problems
@@ -72,7 +74,7 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
 def _json_lines(task: TaskConfig, key: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     try:
-        lines = Path(str(task.path)).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(str(task.path)).read_text(encoding="utf-8-sig").split("\n")  # some editors put a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}.path={task.path}: {error}; give a file of JSON lines in UTF-8") from error
     for number, line in enumerate(lines, start=1):
@@ -80,8 +82,13 @@ def _json_lines(task: TaskConfig, key: str) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{key}.path: {task.path}, line {number} cannot be read as JSON: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{key}.path: {task.path}, line {number} is not JSON: {error}") from error
+        except ValueError as error:  # Python's limit, against numbers that take long to read
+            raise ConfigError(
+                f"{key}.path: {task.path}, line {number} has an integer of more than {sys.get_int_max_str_digits()} "
+                "digits: put it in quotes, or leave the line out"
+            ) from error
         if not isinstance(row, dict):
             raise ConfigError(f"{key}.path: {task.path}, line {number} is not a JSON object")
         rows.append((number, row))

@@ -1,19 +1,15 @@
-"""Which entry's problems a local lm-eval task asks."""
+"""What local lm-eval tasks ask: whose problems, from which files."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from harness.config import compose
+from harness.entries import conf_dir
 from harness.errors import ConfigError
-from harness.evaluation.entries import (
-    LOCAL_TASKS,
-    check_task_folder,
-    data_files,
-    entry,
-    entry_paths,
-    held_out_entries,
-)
+from harness.evaluation import check_evaluation
+from harness.evaluation.entries import LOCAL_TASKS, data_files, entry, entry_files, held_out_entries, local_tasks
 
 
 def test_of_the_tasks_that_are_asked_for_each_has_its_entry_through_what_it_includes_too(evaluation):
@@ -27,47 +23,71 @@ def test_a_task_of_the_users_own_has_its_entry_and_one_with_other_problems_none(
         f"include: {LOCAL_TASKS}/chain_sum_longer.yaml\ntask: mine\ndataset_kwargs: {{task: chain_sum_noisy}}\n"
     )
     (tmp_path / "other.yaml").write_text("task: other\ndataset_path: json\n")
-    (tmp_path / "broken.yaml").write_text("task: {\n")
+    (tmp_path / "values.yaml").write_text("[1, 2]\n")
     own = replace(evaluation, tasks=["mine", "other", "gsm8k"], task_path=str(tmp_path))
     assert held_out_entries(own) == {"mine": "chain_sum_noisy"}
 
 
-def test_an_entry_is_what_hydra_makes_of_it_with_those_that_it_builds_on():
-    for name in ("chain_sum", "chain_sum_noisy", "chain_sum_steps", "chain_sum_length_bias"):
-        assert entry(name) == compose([f"task={name}", "algorithm=reinforce"]).task
-    assert [path.name for path in entry_paths("chain_sum_noisy")] == ["chain_sum.yaml", "chain_sum_noisy.yaml"]
+def test_an_entry_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"task=chain_summ .*--config-dir cannot.*name one of chain_sum, chain_sum_l"):
+        entry("chain_summ")
 
 
-def test_data_files_are_those_of_the_tasks_that_are_asked_for_which_lie_here(evaluation, tmp_path):
-    for name in ("train", "test", "other"):
-        (tmp_path / f"{name}.jsonl").touch()
-    files = f"{{train: [{tmp_path}/train.jsonl, {tmp_path}/gone.jsonl], test: {tmp_path}/test.jsonl}}"
-    (tmp_path / "mine.yaml").write_text(f"task: mine\ndataset_kwargs: {{data_files: {files}}}\n")
-    (tmp_path / "other.yaml").write_text(f"task: other\ndataset_kwargs: {{data_files: {tmp_path}/other.jsonl}}\n")
-    own = replace(evaluation, tasks=["mine", "chain_sum_longer"], task_path=str(tmp_path))
-    assert data_files(own) == [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+@pytest.mark.parametrize("name", sorted(file.stem for file in (conf_dir() / "task").glob("chain_sum*.yaml")))
+def test_an_entry_has_the_values_of_those_that_it_builds_on(name):
+    assert asdict(entry(name)) == asdict(compose(["algorithm=ppo", f"task={name}"]).task)
+    own = [f"{name}.yaml"]
+    assert [file.name for file in entry_files(name)] == (own if name == "chain_sum" else ["chain_sum.yaml", *own])
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, reason",
     [
-        (b"task: {", r"mine\.yaml cannot be read: while parsing a flow"),
-        (b"task: caf\xe9", r"mine\.yaml cannot be read: 'utf-8' codec"),
-        (b"task: chain_sum_longer", r"mine\.yaml has the name of a task of ours, chain_sum_longer"),
+        (b"task: {\n", r"line 2"),
+        (b"task: m\xfcne\n", r"UTF-8"),
+        (b"task: mine\nversion: 2024-13-45\n", r"month must be in 1..12"),
+        (b"task: mine\ninclude: absent.yaml\n", r"No such file or directory: .*absent\.yaml"),
+        (b"task: mine\ninclude: mine.yaml\n", r"includes itself"),
     ],
 )
-def test_a_task_of_the_users_own_that_lm_eval_would_pass_over_or_take_for_ours_is_refused(
-    evaluation, tmp_path, content, message
-):
-    own = replace(evaluation, task_path=str(tmp_path))
-    (tmp_path / "mine.yaml").write_bytes(b"task: mine")
-    check_task_folder(own)
+def test_a_file_that_is_no_yaml_is_named_with_the_reason(evaluation, tmp_path, content, reason):
+    """It may be the task that is asked for, which lm-eval would say not to know."""
     (tmp_path / "mine.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=message):
-        check_task_folder(own)
-    check_task_folder(replace(own, task_path=str(LOCAL_TASKS)))
+    with pytest.raises(ConfigError, match=rf"evaluation\.task_path: {tmp_path}/mine\.yaml .*{reason}"):
+        check_evaluation(replace(evaluation, tasks=["mine"], task_path=str(tmp_path)))
 
 
-def test_an_entry_that_is_not_there_is_named():
-    with pytest.raises(ConfigError, match=r"dataset_kwargs\.task=chain_summ .* there is no .*chain_summ\.yaml"):
-        entry("chain_summ")
+@pytest.mark.parametrize("kind", ["task", "group"])
+def test_a_name_has_one_file_where_it_is_one_of_ours_or_asked_for(evaluation, tmp_path, kind):
+    ours = LOCAL_TASKS / "chain_sum_held_out.yaml"
+    (tmp_path / "a.yaml").write_text(f"include: {ours}\n{kind}: chain_sum_held_out\n")
+    own = replace(evaluation, task_path=str(tmp_path))
+    for tasks in (["chain_sum_held_out"], ["chain_sum_longer"]):
+        with pytest.raises(ConfigError, match=rf"{tmp_path}/a\.yaml has the name of {ours}, chain_sum_held_out"):
+            check_evaluation(replace(own, tasks=tasks))
+    for file in ("a.yaml", "b.yaml"):
+        (tmp_path / file).write_text(f"include: {ours}\n{kind}: mine\n")
+    assert set(local_tasks(own)) == {*evaluation.tasks, "mine"}
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/b\.yaml has the name of {tmp_path}/a\.yaml, mine"):
+        check_evaluation(replace(own, tasks=["mine"]))
+    assert set(local_tasks(replace(own, task_path=str(LOCAL_TASKS)))) == set(evaluation.tasks)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("{data_files: data/a.jsonl}", ["data/a.jsonl"]),
+        ("{data_files: [data/b.jsonl, https://a.place/c.jsonl, absent.jsonl]}", ["data/b.jsonl"]),
+        ("{data_files: {test: data/a.jsonl, train: [data/b.jsonl]}}", ["data/a.jsonl", "data/b.jsonl"]),
+        ("{data_dir: data, data_files: '*.jsonl'}", ["data/a.jsonl", "data/b.jsonl"]),
+        ("null", []),
+    ],
+)
+def test_the_data_files_of_the_tasks_asked_for_are_found(evaluation, tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    for file in ("data/a.jsonl", "data/b.jsonl", "data/other.csv", "tasks/mine.yaml"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(f"task: mine\ndataset_path: json\ndataset_kwargs: {given}\n")
+    own = replace(evaluation, tasks=["mine"], task_path="tasks")
+    assert data_files(own) == list(map(Path, expected))
+    assert data_files(replace(own, tasks=["chain_sum_held_out"])) == []

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from harness.config import compose
+from harness.evaluation.entries import LOCAL_TASKS
 from harness.runs.inputs import changed_input, inputs_fingerprint
 
 
@@ -37,3 +38,17 @@ def test_what_no_run_reads_of_a_models_folder_has_no_fingerprint(tmp_path):
     before = inputs_fingerprint(config)
     (tmp_path / "README.md").write_text("A model card.")
     assert inputs_fingerprint(config) == before
+
+
+def test_what_own_evaluation_tasks_ask_has_fingerprints_with_all_that_it_is_made_of(tmp_path):
+    data, tasks = tmp_path / "problems.jsonl", tmp_path / "tasks"
+    tasks.mkdir()
+    data.write_text("")
+    (tasks / "noisy.yaml").write_text(
+        f"include: {LOCAL_TASKS}/chain_sum_held_out.yaml\ntask: noisy\n"
+        "dataset_kwargs: {task: chain_sum_noisy, parameters: {}}\n"
+    )
+    (tasks / "other.yaml").write_text(f"task: other\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n")
+    config = compose(["evaluation.tasks=[noisy,other]", f"evaluation.task_path={tasks}"])
+    entries = ["conf/task/chain_sum.yaml", "conf/task/chain_sum_noisy.yaml"]
+    assert set(inputs_fingerprint(config)) == {*entries, str(data), str(tasks)}
