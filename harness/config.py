@@ -252,8 +252,9 @@ EQUAL_KEYS = tuple(field.name for field in fields(RunConfig) if field.name not i
 
 
 def config_hash(config: RunConfig) -> str:
-    """Eight hexadecimal digits of the SHA-256 over all that affects numbers."""
+    """Eight hexadecimal digits of the SHA-256 over all that affects numbers, which a citation does not."""
     numbers = {key: value for key, value in asdict(config).items() if key not in NOT_NUMBERS}
+    del numbers["algorithm"]["source"]
     return _digest(numbers)[:8]
 
 

@@ -141,7 +141,7 @@ def table(cells: Sequence[CellState]) -> Group:
         rows.add_column(heading, justify="right", no_wrap=True)
     for cell in sorted(cells, key=lambda cell: STATUSES.index(cell.status)):
         rows.add_row(
-            cell.label,
+            Text(cell.label),
             Text(_SHOWN.get(cell.status, cell.status), style=_STYLES.get(cell.status, "")),
             _number(cell.step, ".0f"),
             _number(cell.reward, ".3f"),

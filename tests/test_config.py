@@ -148,6 +148,12 @@ def test_what_cannot_run_is_refused_naming_key_and_mend(overrides, message):
         compose(overrides)
 
 
+def test_a_citation_is_no_part_of_what_affects_numbers():
+    cited, otherwise = compose(), compose(["algorithm.source=elsewhere"])
+    assert cited.algorithm.source != otherwise.algorithm.source and cited.run_name == otherwise.run_name
+    assert cited.run_name != compose(["algorithm.epochs=3"]).run_name
+
+
 def test_an_entry_of_the_users_own_with_the_name_of_ours_is_refused_but_a_claim_may_have_it(tmp_path):
     for name in ("claims/reward.yaml", "algorithm/grpo.yaml"):
         (tmp_path / name).parent.mkdir()

@@ -575,6 +575,12 @@ def test_verl_has_no_equal(name, overrides, key):
     assert re.match(f"{key} has no equal in verl: ", refused(verl, *overrides, name=name))
 
 
+@pytest.mark.parametrize(("name", "critic"), [("grpo", ""), ("ppo", ", critic.model.path")])
+def test_verl_is_told_which_models_are_to_be_named(name, critic):
+    header = " ".join(verl.export(compose([f"algorithm={name}"])).replace("#", "").split())
+    assert f"the length of the training, actor_rollout_ref.model.path{critic} set for your" in header
+
+
 def test_verl_starts_policy_and_critic_from_the_runs_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     run = compose(["algorithm=ppo", "model=huggingface", f"model.path={tmp_path}"])

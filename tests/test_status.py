@@ -126,6 +126,18 @@ def test_variants_of_an_algorithm_are_told_apart_by_what_differs(tmp_path):
         assert [cell.label for cell in progress.cells()] == told
 
 
+def test_labels_are_no_markup(tmp_path):
+    for name in ("[/x]", "[bold]"):
+        config = {"algorithm": {"name": "grpo"}, "task": {"prompt": name}}
+        path = tmp_path / f"grpo-s0-{len(name)}"
+        path.mkdir()
+        RunDirectory(path).update_status(label="grpo-s0", status="planned")
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    shown = _status(tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "grpo-s0 prompt=[/x]" in shown.stdout and "grpo-s0 prompt=[bold]" in shown.stdout
+
+
 def test_a_missing_folder_is_named_with_the_mend(tmp_path):
     shown = _status(tmp_path / "nowhere")
     assert shown.returncode == 2

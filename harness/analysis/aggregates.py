@@ -29,8 +29,8 @@ _PROFILE_POINTS = 101
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and interquartile mean of every variant in every setting, with 95 % bootstrap intervals over seeds.
 
-    Where there are several settings, the variants that have all their runs in each get a line for all settings, of all
-    runs together, resampled within settings.
+    Where there are several settings, the variants that have all their runs in each, and as many in each, get a line for
+    all settings, of all runs together, resampled within settings.
 
     Returns:
         setting, variant, n, worst (of n: diverged or failed, and counted as the worst score), missing (left out, having
@@ -48,7 +48,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     if len(settings) > 1:
         for name, own in rows.groupby("variant", sort=False):
             strata = [part for _, part in own.groupby("setting", sort=False)]
-            if len(strata) == len(settings) and own["score"].notna().all():
+            alike = len(strata) == len(settings) and len(set(map(len, strata))) == 1
+            if alike and own["score"].notna().all():
                 lines.append({"setting": OVERALL, "variant": name, **counts(own), **_means(strata)})
     return pd.DataFrame(lines)
 

@@ -166,9 +166,11 @@ def _reversals(found: Sequence[EqualBudget], setting: str) -> list[str]:
 
 
 def _axis_finding(setting: str, here: pd.DataFrame, reversed_pairs: Sequence[str]) -> str:
-    if not all(here["unbeaten"].map(len)):
+    unranked = [str(line.axis) for line in here.itertuples() if not line.unbeaten]
+    if unranked:
         return (
-            f"On {setting}, there are too few runs to say whether who is in front changes with the axis of the budget."
+            f"On {setting}, whether who is in front changes with the axis of the budget is open: too few runs have a "
+            f"score at equal {_words(unranked)}."
         )
     by_leader: dict[str, list[str]] = {}
     for line in here.itertuples():

@@ -97,6 +97,8 @@ class Hypothesis:
             raise ConfigError(f"kind={self.kind}: no such comparison; there are {', '.join(COMPARISONS)}")
         if len(self.algorithms) != (number := COMPARISONS[self.kind].algorithms):
             raise ConfigError(f"algorithms={list(self.algorithms)}: kind={self.kind} takes {number}")
+        if len(set(self.algorithms)) < number:
+            raise ConfigError(f"algorithms={list(self.algorithms)}: name two that are not the same")
         if (self.above is None and self.below is None) or not self._low < self._high:
             raise ConfigError(f"above={self.above} and below={self.below}: give a bound, and above less than below")
 
@@ -133,6 +135,7 @@ class Result:
         interval: the estimate, NaN where it was not tested.
         n: runs, or pairs of runs.
         measured: the estimate with its interval and n in words; or why it was not tested.
+        worst: runs that count as the worst because they diverged or failed.
     """
 
     hypothesis: str
@@ -140,6 +143,7 @@ class Result:
     interval: Interval
     n: int
     measured: str
+    worst: int = 0
 
 
 def examine(sweep: Sweep, hypothesis: Hypothesis, rows: pd.DataFrame, setting: str) -> Result:
@@ -156,6 +160,8 @@ def examine(sweep: Sweep, hypothesis: Hypothesis, rows: pd.DataFrame, setting: s
     scored = isinstance(hypothesis.quantity, Score)  # of other quantities, runs that went wrong have none or their own
     if not reasons and scored and n and len(names) == 2 and none_ended_well(here, *names):
         reasons = [f"no run of {' or '.join(names)} ended well, and all count as the worst"]
+    if not reasons and scored and n and len(names) == 1 and (here.dropna(subset="score")["status"] == "failed").all():
+        reasons = [f"every run of {names[0]} failed, which says nothing of its learning"]
     if not reasons and n < comparison.least:
         reasons = [f"{_count(n, comparison)} of {' and '.join(names)}, where it takes {comparison.least}"]
     if not reasons and math.isnan((interval := comparison.interval(*values)).low):
@@ -163,11 +169,12 @@ def examine(sweep: Sweep, hypothesis: Hypothesis, rows: pd.DataFrame, setting: s
     if reasons:
         return Result(words, "not tested here", NONE, n, "; ".join(reasons))
     about = counts(here)
-    remarks = [f"{about['worst']} counted as the worst"] * bool(about["worst"] and scored)
+    worst = about["worst"] if scored else 0
+    remarks = [f"{worst} counted as the worst"] * bool(worst)
     remarks += [f"{about['missing']} left out"] * bool(about["missing"])
     numbers = f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
     measured = ", ".join([numbers, _count(n, comparison), *remarks])
-    return Result(words, hypothesis.judge(interval), interval, n, measured)
+    return Result(words, hypothesis.judge(interval), interval, n, measured, worst)
 
 
 def _absence(sweep: Sweep, hypothesis: Hypothesis, here: pd.DataFrame, name: str, setting: str) -> str | None:

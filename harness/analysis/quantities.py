@@ -10,12 +10,13 @@ from typing import Literal, Protocol
 import pandas as pd
 
 from harness.analysis.efficiency import default_targets, run_times
-from harness.analysis.scores import Metric, cold_starts, raw_histories, scores
+from harness.analysis.scores import NOT_METRICS, Metric, cold_starts, raw_histories, scores
 from harness.analysis.statistics import mean_over_steps
 from harness.analysis.sweep import Sweep, columns_of
 from harness.errors import ConfigError
 
 _COLUMNS = ["setting", "variant", "seed", "run", "status"]
+_COSTS = ("spent", "seconds", "flops", "parameters")  # what columns of cells begin with that may be added up
 
 
 class Quantity(Protocol):
@@ -66,6 +67,9 @@ class Measurement:
 
     name: str
 
+    def __post_init__(self) -> None:
+        _check_name("runs", self.name)
+
     def label(self, sweep: Sweep) -> str:
         return self.name
 
@@ -89,6 +93,9 @@ class Cost:
         for key in ("of", "over"):
             if not getattr(self, key):
                 raise ConfigError(f"{key}=[]: name one column or more, e.g. flops/update")
+            for name in getattr(self, key):
+                if name.partition("/")[0] not in _COSTS or "/" not in name:
+                    raise ConfigError(f"{key} has {name}: no cost; costs begin with {', '.join(_COSTS)} and a slash")
 
     def label(self, sweep: Sweep) -> str:
         return f"{' + '.join(self.of)} relative to {' + '.join(self.over)}"
@@ -141,6 +148,8 @@ QUANTITIES: dict[str, type[Quantity]] = {
 def _check_name(source: str, name: str | None) -> None:
     if name is None and source == "runs":
         raise ConfigError("name is null, which is for source=evaluations: name a column of the metrics")
+    if source == "runs" and name in NOT_METRICS:
+        raise ConfigError(f"name={name}: it tells runs and steps apart and measures nothing; name another column")
 
 
 def _metric(

@@ -17,7 +17,7 @@ COUNTED = ("done", "diverged", "failed")  # the outcomes of runs that have come 
 WORST = ("diverged", "failed")  # those of them that score as the worst
 _SMOOTHED = 0.1  # the share of a run's steps that the reward at one step is averaged over
 _AREA = "area:"  # before the name of a metric: the area under its curve
-_NOT_METRICS = (*IDENTITY, "step", "variant", "setting")
+NOT_METRICS = (*IDENTITY, "step", "variant", "setting")  # columns of the metrics that measure nothing
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def find_metric(sweep: Sweep, name: str) -> Metric:
     if plain in tasks:
         return Metric("evaluations", plain, summary)
     measured = [str(column) for column in sweep.all_runs.dropna(axis="columns", how="all").select_dtypes("number")]
-    columns = [column for column in measured if column not in _NOT_METRICS and not column.startswith("budget/")]
+    columns = [column for column in measured if column not in NOT_METRICS and not column.startswith("budget/")]
     if plain in columns:
         return Metric("runs", plain, summary)
     raise ConfigError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from harness.errors import ConfigError
 from harness.runs import load_cells, load_evaluations, load_runs, load_samples
 from harness.runs.reading import PathLike
 from harness.runs.settings import differences
@@ -78,10 +79,22 @@ def read_sweep(path: PathLike) -> Sweep:
 
     Raises:
         NoRuns: where there are no runs.
+        ConfigError: where two runs are of one cell.
     """
     cells = load_cells(path)
     name = str(cells["sweep"].iloc[0])
-    return assemble([Path(path)], name, cells, load_runs(path), load_evaluations(path), load_samples(path))
+    sweep = assemble([Path(path)], name, cells, load_runs(path), load_evaluations(path), load_samples(path))
+    _check_distinct(sweep.compared)
+    return sweep
+
+
+def _check_distinct(cells: pd.DataFrame) -> None:
+    for _, same in cells.groupby(["variant", "setting", "seed"], sort=False):
+        if len(same) > 1:
+            raise ConfigError(
+                f"{' and '.join(same['run'])} are runs of one cell, {same['label'].iloc[0]}: move all but one of them "
+                "out of the sweep's folder"
+            )
 
 
 def assemble(

@@ -201,7 +201,7 @@ def phases(sweep: Sweep) -> Table:
     frame = pd.DataFrame(list(wide.values()))
     frame = frame[sorted(frame, key=lambda name: (name not in ("algorithm", "model"), str(name).split()[0]))]
     formats = {str(column): "{:.1%}" for column in frame}
-    note = "Share of what a run spent, mean over finished runs; a dash is a phase that cost nothing."
+    note = "Share of what the finished runs spent together; a dash is a phase that cost nothing."
     return Table("budget_by_phase", "Budget by phase", note, frame, formats)
 
 

@@ -165,8 +165,8 @@ def _ranked(here: Sequence[Verdict]) -> list[str]:
 def _headline(here: Sequence[Verdict], leading: Sequence[str], ranked: Sequence[str]) -> str:
     one = here[0]
     if not leading:
-        pairs = _count(min(verdict.n for verdict in here), "pair")
-        return f"On {one.setting}, nothing is ranked on {one.metric}: {pairs} of runs where it takes {one.least}."
+        runs = f"{_count(min(verdict.n for verdict in here), 'pair')} of runs with a score"
+        return f"On {one.setting}, nothing is ranked on {one.metric}: {runs}, where it takes {one.least}."
     left_out = [name for name in _names(here) if name not in ranked]
     among = [verdict for verdict in here if verdict.first in ranked and verdict.second in ranked]
     absent = f" Not ranked, for it takes {one.least} pairs of runs: {', '.join(left_out)}." if left_out else ""

@@ -77,7 +77,7 @@ def export(run: RunConfig) -> str:
         f"algorithm={run.algorithm.name} ({run.algorithm.source}) for TRL 1.16.0",
         f"{trainer}Trainer(args={trainer}Config(**yaml.safe_load(open(FILE))), ...)"
         + ("" if _own_trainer(run) else ", or: trl grpo --config FILE"),
-        "add: model, data, reward functions, output_dir, the length of the training",
+        "add: model, data, reward functions, output_dir, the length of the training; without a GPU use_cpu",
         "for one device: on N divide gradient_accumulation_steps or per_device_train_batch_size by N",
         yours(run),
     ]

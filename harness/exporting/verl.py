@@ -30,11 +30,16 @@ def export(run: RunConfig) -> str:
     header = [
         f"algorithm={run.algorithm.name} ({run.algorithm.source}) for verl 0.9.1",
         "python -m verl.trainer.main_ppo --config-dir DIR --config-name FILE_WITHOUT_YAML, and further overrides",
-        "add: data files, reward function, devices, the length of the training"
-        + ("" if run.model.path else ", actor_rollout_ref.model.path"),
+        ", ".join(["add: data files, reward function, devices, the length of the training", *_paths(run)]),
         yours(run),
     ]
     return page(header, differs, defaults | _nested(settings))
+
+
+def _paths(run: RunConfig) -> list[str]:
+    """The models that are to be named, where the run's own is none that another trainer could load."""
+    critic = ["critic.model.path"] if run.algorithm.critic else []
+    return [] if run.model.path else ["actor_rollout_ref.model.path", *critic]
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

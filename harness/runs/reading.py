@@ -131,7 +131,10 @@ def read_sweep(root: Path) -> dict[str, Any]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins."""
+    """The resolved configuration as plain containers, without validation: a report needs none of the run's plugins.
+
+    Empty where there is none yet, or none that can be read.
+    """
     try:
         return _parse_config(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, yaml.YAMLError):  # a cell that is only now being set up
@@ -198,8 +201,12 @@ def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
 def _lost(directory: Path, run: dict[str, Any]) -> str | None:
     """What a run that is done must have had and has no longer, and what to do about it."""
     written = ["config.yaml", METRICS, *([EVALUATIONS] if run.get("scores") else [])]
-    lost = [name for name in written if not (directory / name).exists()] if run.get("status") == "done" else []
-    return f"{', '.join(lost)} lost: {RERUN}" if lost else None
+    if run.get("status") != "done":
+        return None
+    lost = [name for name in written if not (directory / name).exists()]
+    if lost:
+        return f"{', '.join(lost)} lost: {RERUN}"
+    return None if read_config(directory / "config.yaml") else f"config.yaml cannot be read: {RERUN}"
 
 
 def _from_name(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from harness.config import NOT_NUMBERS
 
 # Where a run writes, never what it computes; and what a mean is taken over.
 _NOT_SETTINGS = (*NOT_NUMBERS, "seed")
+_CITATION = "algorithm.source"
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -36,9 +37,14 @@ def differences(configs: Mapping[_Key, Mapping[str, Any]]) -> dict[_Key, str]:
         for run, config in configs.items()
         if config
     }
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings if key != _CITATION)
     differing = [key for key in keys if len(distinct([settings.get(key) for settings in flat.values()])) > 1]
     return {
-        run: ", ".join(f"{key.rpartition('.')[2]}={flat[run].get(key)}" for key in differing) if run in flat else ""
+        run: ", ".join(f"{_short(key)}={flat[run].get(key)}" for key in differing) if run in flat else ""
         for run in configs
     }
+
+
+def _short(key: str) -> str:
+    """The end of a dotted key that says what it is: `learning_rate`, but `ratio.name`."""
+    return ".".join(key.split(".")[-2 if key.endswith(".name") else -1 :])

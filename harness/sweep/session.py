@@ -52,6 +52,10 @@ def start(config: DictConfig) -> None:
         check_folder(folder, configs)
         _open.enter_context(RunDirectory(folder).lock())  # two commands at once would freeze two plans
         freeze(folder, cells)
+        _cells.extend(cells)
+        console = make_console()
+        _print_plan(console, folder, cells)
+        _open.enter_context(Progress([config.run_dir for config in configs], console))
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
@@ -61,10 +65,6 @@ def start(config: DictConfig) -> None:
     except Exception as error:  # of which Hydra would only warn, and launch what an earlier plan there says
         traceback.print_exc()
         raise SystemExit(1) from error
-    console = make_console()
-    _print_plan(console, folder, cells)
-    _cells.extend(cells)
-    _open.enter_context(Progress([config.run_dir for config in configs], console))
 
 
 def finish(code: int) -> int:
@@ -106,7 +106,7 @@ def _print_plan(console: Console, folder: Path, cells: Sequence[Cell]) -> None:
         else:
             what = "to resume" if directory.state_path.exists() else "to do"
         counts[what] += 1
-        rows.add_row(called[directory.path], Text(f"{what}: {cell.declined}" if cell.declined else what))
+        rows.add_row(Text(called[directory.path]), Text(f"{what}: {cell.declined}" if cell.declined else what))
     console.print(rows)
     listing = ", ".join(f"{count} {what}" for what, count in counts.items())
     console.print(Text(f"{number(cells)} in {folder}: {listing}"), soft_wrap=True)

@@ -26,6 +26,7 @@ def one(frame: pd.DataFrame, **where: str) -> pd.Series:
 
 def test_every_variant_has_its_means_by_setting_and_over_all() -> None:
     runs = [*ended("a", A), *ended("b", B), *ended("a", C, "large"), *ended("b", D, "large"), *ended("c", C, "large")]
+    runs += [*ended("d", A), *ended("d", D[:-1], "large")]
     found = summary(scores(toy_sweep(runs), HELD_OUT))
     a = one(found, setting="tiny", variant="a")
     assert (a["n"], a["worst"], a["missing"], a["worst_seed"], a["worst_score"]) == (5, 0, 0, 3, 0.79)
@@ -35,6 +36,7 @@ def test_every_variant_has_its_means_by_setting_and_over_all() -> None:
     assert (both["n"], both["iqm"]) == (10, pytest.approx(interquartile_interval([np.array(A + C)]).value))
     assert np.isnan([both["iqm_low"], both["iqm_high"]]).all()
     assert OVERALL not in set(found.loc[found["variant"] == "c", "setting"])  # `c` was not run in both
+    assert OVERALL not in set(found.loc[found["variant"] == "d", "setting"])  # nor `d` as often in both
 
 
 def test_a_run_that_diverged_counts_and_one_that_is_not_over_is_missing() -> None:

@@ -166,6 +166,17 @@ def test_algorithms_that_all_went_wrong_are_not_compared():
     assert held(sweep, "difference", "a b", FINAL, above=0.1).outcome == "supported"
 
 
+def test_runs_that_failed_support_nothing_where_none_ended_otherwise():
+    failed = [Run("b", seed, status="failed") for seed in range(4)]
+    sweep = toy_sweep([*runs("a", [0.9, 0.9, 0.9, 0.9]), *failed])
+    found = held(sweep, "level", "b", GAIN, below=0.1)
+    assert found.outcome == "not tested here"
+    assert found.measured == "every run of b failed, which says nothing of its learning"
+    diverged = toy_sweep([*runs("a", [0.9, 0.9, 0.9, 0.9]), *failed[:3], Run("b", 3, status="diverged")])
+    found = held(diverged, "level", "b", GAIN, below=0.1)
+    assert (found.outcome, found.worst) == ("supported", 4) and found.measured.endswith("4 counted as the worst")
+
+
 def test_without_an_evaluation_of_the_cold_start_there_is_no_gain():
     sweep = toy_sweep(runs("a", [0.7, 0.8, 0.9], spent=(1, 5, 10)))
     assert held(sweep, "level", "a", GAIN, above=0).measured == "no run of a has gain in held_out over the cold start"
@@ -261,6 +272,12 @@ ANY = Claim("It is so", "a paper", "all", (), (Hypothesis("level", ("a",), FINAL
         ([], [OPEN, REFUTED], "not supported", "measured undecided; measured not supported"),
         ([], [REFUTED, UNTESTED], "not tested here", "measured not tested here"),
         ([SUPPORTED], [REFUTED], "not supported", "measured not supported"),
+        (
+            [replace(SUPPORTED, worst=2)],
+            [SUPPORTED],
+            "supported",
+            "measured supported; given measured supported",
+        ),
         (
             [REFUTED],
             [SUPPORTED],
@@ -466,6 +483,7 @@ def test_a_folder_without_claims_is_an_error(tmp_path):
         load_claims(tmp_path / "nowhere")
 
 
+COST = {"kind": "cost", "of": ["flops/update"], "over": ["flops/update"]}
 TIMED = {"kind": "time_to_target", "source": "runs", "name": "reward/mean", "part": 0.5}
 
 
@@ -481,6 +499,7 @@ TIMED = {"kind": "time_to_target", "source": "runs", "name": "reward/mean", "par
         ("all_of.0", "grpo", r"all_of\[0\] is 'grpo': give a mapping of the keys kind, algorithms"),
         ("all_of.0.kind", "quotient", r"all_of\[0\]\.kind=quotient: no such comparison; there are level, difference"),
         ("all_of.0.algorithms", ["grpo"], r"all_of\[0\]\.algorithms=\['grpo'\]: kind=difference takes 2"),
+        ("all_of.0.algorithms", ["grpo", "grpo"], r"all_of\[0\]\.algorithms=\['grpo', 'grpo'\]: name two that are not"),
         ("all_of.0.algorithms", "grpo", r"all_of\[0\]\.algorithms='grpo': expected a list"),
         ("all_of.0.algorithms", ["grpo", 1], r"all_of\[0\]\.algorithms\[1\]=1: expected text"),
         ("all_of.0.above", "0.02x", r"all_of\[0\]\.above='0\.02x': expected a finite number or null"),
@@ -504,7 +523,18 @@ TIMED = {"kind": "time_to_target", "source": "runs", "name": "reward/mean", "par
             TIMED | {"name": None},
             r"all_of\[0\]\.quantity\.name is null, which is for .*evaluations",
         ),
-        ("all_of.0.quantity", {"kind": "cost", "of": ["x"], "over": []}, r"all_of\[0\]\.quantity\.over=\[\]: name one"),
+        ("all_of.0.quantity", COST | {"over": []}, r"all_of\[0\]\.quantity\.over=\[\]: name one"),
+        (
+            "all_of.0.quantity",
+            COST | {"over": ["run"]},
+            r"all_of\[0\]\.quantity\.over has run: no cost; costs begin with",
+        ),
+        (
+            "all_of.0.quantity",
+            {"kind": "measurement", "name": "status"},
+            r"all_of\[0\]\.quantity\.name=status: it tells",
+        ),
+        ("all_of.0.quantity", TIMED | {"name": "label"}, r"all_of\[0\]\.quantity\.name=label: it tells runs and steps"),
     ],
 )
 def test_a_claim_that_is_wrong_names_file_key_and_mend(tmp_path, path, value, message):

@@ -2,9 +2,11 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from harness.analysis.evidence import headline_verdicts
 from harness.analysis.sweep import Sweep, cut_at_limit, read_sweep
+from harness.errors import ConfigError
 from tests.analysis.synthetic import LIMIT, Cell, write_sweep
 
 
@@ -41,6 +43,25 @@ def test_planned_cells_whose_settings_are_lost_are_in_no_comparison(tmp_path: Pa
     assert [(one.first, one.second) for one in headline_verdicts(found)] == [
         ("gspo learning_rate=0.0001", "gspo learning_rate=0.0002")
     ]
+
+
+def test_another_citation_makes_no_variant_and_a_part_is_called_by_its_kind(tmp_path: Path) -> None:
+    kinds = ("token", "sequence")
+    cells = [
+        Cell("gspo", "tiny_dense", seed, config={"algorithm": {"source": f"paper {seed}", "ratio": {"name": kind}}})
+        for kind in kinds
+        for seed in (0, 1)
+    ]
+    found = read_sweep(write_sweep(tmp_path / "sweep", cells))
+    assert found.variants == [f"gspo ratio.name={kind}" for kind in kinds]
+
+
+def test_two_runs_of_one_cell_are_named(tmp_path: Path) -> None:
+    cell = Cell("gspo", "tiny_dense", 0)
+    folder = write_sweep(tmp_path / "sweep", [cell, Cell("grpo", "tiny_dense", 0)])
+    shutil.copytree(folder / cell.name, folder / f"{cell.name}_copy")
+    with pytest.raises(ConfigError, match=f"{cell.name} and {cell.name}_copy are runs of one cell, {cell.label}: move"):
+        read_sweep(folder)
 
 
 def test_a_learning_rate_chosen_per_model_makes_no_variants(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def test_with_too_few_seeds_nothing_is_decided_or_ranked(seeds: int) -> None:
     assert (one.outcome, one.n, one.least, one.further_seeds) == ("too few", seeds, 4, 4 - seeds)
     pairs = "1 pair" if seeds == 1 else f"{seeds} pairs"
     assert leaders(found) == {"tiny": []}
-    assert headlines(found) == [f"On tiny, nothing is ranked on held_out: {pairs} of runs where it takes 4."]
+    assert headlines(found) == [
+        f"On tiny, nothing is ranked on held_out: {pairs} of runs with a score, where it takes 4."
+    ]
 
 
 def test_more_comparisons_take_more_seeds_and_stronger_evidence() -> None:

@@ -123,13 +123,15 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, name: str, cont
 
 def test_a_run_that_lost_files_says_so_in_its_reason(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", comparison())
-    first, second, *_ = (cell.name for cell in comparison() if cell.status == "done")
+    first, second, third, *_ = (cell.name for cell in comparison() if cell.status == "done")
     (folder / first / "evaluations.jsonl").unlink()
+    (folder / third / "config.yaml").write_text("a: [")
     (folder / second / "metrics.jsonl").unlink()
     reasons = load_cells(folder).query("status == 'done'").set_index("run")["reason"].dropna()
     assert reasons.to_dict() == {
         first: "evaluations.jsonl lost: remove its run directory and run the cell again",
         second: "metrics.jsonl lost: remove its run directory and run the cell again",
+        third: "config.yaml cannot be read: remove its run directory and run the cell again",
     }
 
 
