@@ -246,6 +246,7 @@ class RunConfig:
 
 # Keys that change where or how often something is written, or say where a setting is from; never a number.
 NOT_NUMBERS = ("sweep", "results", "logger", "tuning", "checkpoint_every")
+CITATION = "algorithm.source"  # no number either
 # Keys in which the cells of one sweep may differ; the others must be equal for a fair comparison.
 CELL_KEYS = ("algorithm", "model", "task", "seed", "plugins")
 EQUAL_KEYS = tuple(field.name for field in fields(RunConfig) if field.name not in (*NOT_NUMBERS, *CELL_KEYS))

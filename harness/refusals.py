@@ -1,5 +1,6 @@
 """What Hydra and YAML refuse of an override or an entry, in a line that says what may have been meant."""
 
+import traceback
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from harness.errors import ConfigError
 
 # What composing a configuration raises of its own; of entries without an end, Python's error.
 REFUSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
-_NO_ENTRY = "Config group override"  # how Hydra's ValueError for null or a number in place of an entry begins
+_NO_ENTRY = "Config group override"  # how Hydra's error for null or a number in place of an entry begins
 
 
 def refusal(error: Exception) -> ConfigError:
@@ -34,7 +35,7 @@ def refusal(error: Exception) -> ConfigError:
         return ConfigError("an entry has itself among its defaults, or among theirs: take it out of there")
     if type(error) is ValueError and str(error).startswith(_NO_ENTRY):
         return ConfigError("an entry is chosen by its name, e.g. algorithm=grpo; null and numbers are no names")
-    if type(error) is ValueError or isinstance(error, ConfigError):
+    if isinstance(error, ValueError) and not _is_hydras(error):
         raise error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         name = error.missing_cfg_file.rpartition("/")[2]
@@ -44,6 +45,12 @@ def refusal(error: Exception) -> ConfigError:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         return ConfigError(_no_such_key(str(cause.full_key), [str(key) for key in cause.parent_node]))
     return ConfigError(_first(f"{error}\n\n{cause or ''}"))
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf raised it: the harness raises ValueErrors too, while a configuration is checked."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
 
 
 def _no_such_key(key: str, others: list[str]) -> str:

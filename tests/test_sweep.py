@@ -240,6 +240,23 @@ def test_a_comparison_is_not_extended_by_other_trials(tmp_path, change, why):
         check_folder(tmp_path / "s", [compose([*tuned, *change])], rehearsal=True)
 
 
+def test_of_trials_there_may_be_more_but_no_others(tmp_path):
+    tuned = ["experiment=tuned", f"results={tmp_path}", "sweep=s/trials", "tuning.trial=0"]
+    _finished(compose([*tuned, "seed=1000", "tuning.trials=2"]))
+    check_folder(tmp_path / "s" / "trials", [compose([*tuned, "seed=1001"])])
+    other = compose([*tuned, "seed=1001", 'tuning.overrides=["seed=1001"]'])
+    with pytest.raises(ConfigError, match=r"tuning.overrides \(.*1000.*, here .*1001"):
+        check_folder(tmp_path / "s" / "trials", [other])
+
+
+def test_an_edited_citation_is_not_taken_for_what_differs(tmp_path):
+    here = [f"results={tmp_path}", "sweep=s"]
+    _finished(compose(here))
+    check_folder(tmp_path / "s", [compose([*here, "algorithm.source=edited", "seed=1"])])
+    with pytest.raises(ConfigError, match=r"is a cell of this plan with another algorithm\.epochs"):
+        check_folder(tmp_path / "s", [compose([*here, "algorithm.source=edited", "algorithm.epochs=3"])])
+
+
 @pytest.mark.parametrize(("content", "what"), [(None, "lost"), ("seed: 0\n", "damaged"), ("seed: {", "damaged")])
 def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path, content, what):
     run = compose([f"results={tmp_path}", "sweep=s"])

@@ -79,9 +79,9 @@ class Finding:
             if result.outcome in ("not supported", "undecided")
         ]
         known = [result.measured for result in self.results if result.outcome != "not tested here"]
-        known += [f"given {result.measured}" for result in self.given if result.outcome == "supported" and result.worst]
         if failing:
             return "; ".join(dict.fromkeys([*failing, *(f"all the same {measured}" for measured in known)]))
+        known += [f"given {result.measured}" for result in self.given if result.worst]
         return "; ".join(dict.fromkeys(missing or known))
 
 

@@ -84,7 +84,7 @@ def read_sweep(path: PathLike) -> Sweep:
     cells = load_cells(path)
     name = str(cells["sweep"].iloc[0])
     sweep = assemble([Path(path)], name, cells, load_runs(path), load_evaluations(path), load_samples(path))
-    _check_distinct(sweep.compared)
+    _check_distinct(sweep.cells[sweep.cells["config"].astype(bool)])
     return sweep
 
 

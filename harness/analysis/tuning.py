@@ -145,8 +145,10 @@ def tuning_summary(sweep: Sweep) -> tuple[bool, str]:
     counts = ", ".join(f"{' on '.join(pair)} {count}" for pair, count in zip(trials.index, trials, strict=True))
     if missing:
         return False, f"not tuned alike: trials of {counts}; none of {', '.join(missing)}"
-    if trials.nunique() > 1 or any(own != seeds[0] for own in seeds):
+    if trials.nunique() > 1:
         return False, f"not tuned alike: trials of {counts}"
+    if any(own != seeds[0] for own in seeds):
+        return False, f"not tuned alike: trials of {counts}, not on the same seeds"
     strangers = _with_other_settings(ran, runs)
     if strangers:
         return False, f"not tuned alike: {', '.join(strangers)} ran with other settings than those of the best trials"

@@ -68,7 +68,9 @@ def held_out_entries(config: EvaluationConfig) -> dict[str, str]:
 def data_files(config: EvaluationConfig) -> list[Path]:
     """The files on this machine that the evaluation's local tasks give to `datasets`. Raises as :func:`local_tasks`."""
     given = [_dataset_kwargs(task) for task in _asked(config).values()]
-    patterns = [Path(each.get("data_dir") or "", name) for each in given for name in _names(each.get("data_files", []))]
+    patterns = [
+        Path(str(each.get("data_dir") or ""), name) for each in given for name in _names(each.get("data_files", []))
+    ]
     return [Path(found) for pattern in patterns for found in sorted(glob(str(pattern), recursive=True))]
 
 
@@ -86,7 +88,8 @@ def entry_files(task: str) -> list[Path]:
             "those of a --config-dir cannot be named there; name one of "
             f"{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
         )
-    names = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", ["_self_"])
+    names = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+    names = names if "_self_" in names else [*names, "_self_"]  # as Hydra reads it
     return [file for name in names for file in ([path] if name == "_self_" else entry_files(name))]
 
 
@@ -103,13 +106,25 @@ def entry(task: str) -> TaskConfig:
 
 
 def _asked(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
-    return {name: task for name, task in local_tasks(config).items() if name in config.tasks}
+    """The local tasks that are asked for, by their name or by a group or tag that they are in."""
+    tasks, asked, names = local_tasks(config), {}, list(config.tasks)
+    for name in names:  # which grows by the members of groups and tags
+        if name in asked:
+            continue
+        asked[name] = own = tasks.get(name, {})
+        for member in own["task"] if "group" in own and isinstance(own.get("task"), list) else []:
+            called = str(member.get("task")) if isinstance(member, dict) else str(member)
+            if isinstance(member, dict):  # a task of the group's own, or one that it changes
+                tasks[called] = tasks.get(called, {}) | member
+            names.append(called)
+        names += [other for other, task in tasks.items() if name in _names(task.get("tag", []))]
+    return asked
 
 
 def _files(config: EvaluationConfig) -> list[Path]:
     folders = [LOCAL_TASKS, *([Path(config.task_path)] if config.task_path else [])]
     found = (file for folder in folders for file in sorted(folder.rglob("*.yaml")))
-    return [file for file in found if not _NOT_READ.intersection(file.parts)]
+    return [file for file in found if file.is_file() and not _NOT_READ.intersection(file.parts)]
 
 
 def _with_includes(file: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         return _parse_config(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError):  # a cell that is only now being set up
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):  # a cell that is only now being set up
         return {}
 
 

@@ -3,11 +3,10 @@
 from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
-from harness.config import NOT_NUMBERS
+from harness.config import CITATION, NOT_NUMBERS
 
 # Where a run writes, never what it computes; and what a mean is taken over.
 _NOT_SETTINGS = (*NOT_NUMBERS, "seed")
-_CITATION = "algorithm.source"
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -37,7 +36,7 @@ def differences(configs: Mapping[_Key, Mapping[str, Any]]) -> dict[_Key, str]:
         for run, config in configs.items()
         if config
     }
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings if key != _CITATION)
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings if key != CITATION)
     differing = [key for key in keys if len(distinct([settings.get(key) for settings in flat.values()])) > 1]
     return {
         run: ", ".join(f"{_short(key)}={flat[run].get(key)}" for key in differing) if run in flat else ""

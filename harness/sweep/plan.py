@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from harness.cell import prepare
-from harness.config import CELL_KEYS, RunConfig, equal_part, read, typed
+from harness.config import CELL_KEYS, CITATION, RunConfig, equal_part, read, typed
 from harness.entries import check_choices
 from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.machine import cache_dir
@@ -130,7 +130,8 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
     labels = {config.label: config for config in configs}
     equal = equal_part(configs[0])
     inputs = {name: digest for config in configs for name, digest in inputs_fingerprint(config).items()}
-    tuning = configs[0].tuning if rehearsal else None
+    tuning = configs[0].tuning
+    used_up = trial_seeds(tuning) if tuning and rehearsal else set()
     files = [folder / "run.json"] if (folder / "run.json").exists() else sorted(folder.glob("*/run.json"))
     for directory in (RunDirectory(file.parent) for file in files):
         if not _holds_results(directory):
@@ -152,10 +153,11 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
             if known and found[section] not in known:
                 difference = _first_difference(found[section], known[0], section)
                 raise _mixing(there, f"was made with another {difference}")
-        if tuning and run["seed"] in trial_seeds(tuning):
+        if run["seed"] in used_up:
             raise _mixing(there, f"has used seed={run['seed']}, which tuning.overrides give to the trials")
         if tuning and found["tuning"]:  # other trials could choose other settings for the seeds to come
-            chosen_by = {"trials": tuning.trials, "overrides": list(tuning.overrides)}
+            more = ["trials"] if found["tuning"]["trial"] is None else []  # of trials there may be more, in all alike
+            chosen_by = {key: asdict(tuning)[key] for key in ("overrides", *more)}
             difference = _first_difference({key: found["tuning"][key] for key in chosen_by}, chosen_by, "tuning")
             if difference:
                 raise _mixing(there, f"was made with another {difference}")
@@ -269,7 +271,9 @@ def _mixing(path: Path, what: str) -> ConfigError:
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    """`key (old value, here new value)` of the first leaf that differs; None where nothing does."""
+    """`key (old value, here new value)` of the first leaf that differs, but for a citation; None where nothing does."""
+    if key == CITATION:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             difference = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))

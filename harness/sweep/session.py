@@ -52,10 +52,10 @@ def start(config: DictConfig) -> None:
         check_folder(folder, configs)
         _open.enter_context(RunDirectory(folder).lock())  # two commands at once would freeze two plans
         freeze(folder, cells)
-        _cells.extend(cells)
         console = make_console()
         _print_plan(console, folder, cells)
         _open.enter_context(Progress([config.run_dir for config in configs], console))
+        _cells.extend(cells)
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error

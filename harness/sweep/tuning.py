@@ -139,8 +139,10 @@ def trial_seeds(tuning: TuningConfig) -> set[int]:
             for seed in seeds
             for value in (seed.sweep_iterator() if seed.is_sweep_override() else [seed.value()])
         ]
-    except (HydraException, ValueError, TypeError) as error:  # of Hydra's sweeps some cannot be listed
-        raise ConfigError(f"tuning.overrides={list(tuning.overrides)}: {error}") from error
+    except (HydraException, ValueError) as error:
+        raise ConfigError(
+            f"tuning.overrides={list(tuning.overrides)}: {error}; give the trials whole numbers, e.g. seed=1000,1001"
+        ) from error
     if not values:
         raise ConfigError(
             "tuning.overrides give the trials no seed, so that they would use up those of the comparison: add some, "

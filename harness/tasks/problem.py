@@ -72,14 +72,15 @@ def make_problem(task: TaskConfig, fields: Mapping[str, Any], key: str, formatte
     return Problem(_fill(task.prompt, fields, f"{key}.prompt", formatter), answer.strip(), dict(fields))
 
 
-def check_text(problem: Problem, key: str) -> None:
-    """Stop a problem that asks or expects nothing, or what no tokenizer can read.
+def check_text(problem: Problem, task: TaskConfig, key: str) -> None:
+    """Stop a problem that asks or expects nothing, though its template does, or what no tokenizer can read.
 
     Raises:
         ConfigError: for a prompt or answer that is empty or cannot be encoded.
     """
-    for name, text in (("prompt", problem.prompt), ("answer", problem.answer)):
-        if not text.strip():
+    for name in ("prompt", "answer"):
+        text, template = getattr(problem, name), getattr(task, name)
+        if template and not text.strip():  # a verifier may need no answer
             raise ConfigError(f"{key}.{name} gives an empty {name}: give its fields a text, or leave the problem out")
         try:
             text.encode()

@@ -62,7 +62,7 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
     for number, row in read(task, key):
         try:
             problem = make_problem(task, row, key, Given())
-            check_text(problem, key)
+            check_text(problem, task, key)
         except ConfigError as error:
             raise ConfigError(f"{error} ({place} {number})") from error
         problems.append(problem)

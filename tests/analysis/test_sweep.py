@@ -64,6 +64,14 @@ def test_two_runs_of_one_cell_are_named(tmp_path: Path) -> None:
         read_sweep(folder)
 
 
+def test_runs_whose_settings_are_lost_are_not_taken_for_one_cell(tmp_path: Path) -> None:
+    cells = [Cell("gspo", "tiny_dense", 0, learning_rate=rate) for rate in (1e-4, 2e-4)]
+    folder = write_sweep(tmp_path / "sweep", cells)
+    for cell in cells:
+        (folder / cell.name / "config.yaml").write_bytes(b"\xff")
+    assert read_sweep(folder).cells["reason"].str.startswith("config.yaml cannot be read").all()
+
+
 def test_a_learning_rate_chosen_per_model_makes_no_variants(tmp_path: Path) -> None:
     cells = [Cell("gspo", "tiny_dense", 0, learning_rate=1e-4), Cell("gspo", "tiny_moe", 0, learning_rate=2e-4)]
     assert read_sweep(write_sweep(tmp_path / "sweep", cells)).variants == ["gspo"]

@@ -1,5 +1,6 @@
 """What local lm-eval tasks ask: whose problems, from which files."""
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from harness.config import compose
 from harness.entries import conf_dir
 from harness.errors import ConfigError
-from harness.evaluation import check_evaluation
+from harness.evaluation import check_evaluation, entries
 from harness.evaluation.entries import LOCAL_TASKS, data_files, entry, entry_files, held_out_entries, local_tasks
 
 
@@ -26,6 +27,25 @@ def test_a_task_of_the_users_own_has_its_entry_and_one_with_other_problems_none(
     (tmp_path / "values.yaml").write_text("[1, 2]\n")
     own = replace(evaluation, tasks=["mine", "other", "gsm8k"], task_path=str(tmp_path))
     assert held_out_entries(own) == {"mine": "chain_sum_noisy"}
+
+
+@pytest.mark.parametrize("asked", ["grouped", "nested", "tagged", "inline"])
+def test_a_task_is_found_through_the_groups_and_tags_that_it_is_in(evaluation, tmp_path, asked):
+    held = f"include: {LOCAL_TASKS}/chain_sum_held_out.yaml\ntask: mine\ntag: [tagged]\n"
+    (tmp_path / "mine.yaml").write_text(f"{held}dataset_kwargs: {{task: chain_sum_noisy}}\n")
+    (tmp_path / "grouped.yaml").write_text("group: grouped\ntask: [mine]\n")
+    (tmp_path / "nested.yaml").write_text("group: nested\ntask: [grouped, nested]\n")
+    (tmp_path / "inline.yaml").write_text("group: inline\ntask: [{task: mine, num_fewshot: 0}]\n")
+    own = replace(evaluation, tasks=[asked], task_path=str(tmp_path))
+    assert held_out_entries(own) == {"mine": "chain_sum_noisy"}
+
+
+def test_an_entry_without_self_in_its_defaults_goes_over_them(tmp_path, monkeypatch):
+    (tmp_path / "task").mkdir()
+    shutil.copy(conf_dir() / "task" / "chain_sum.yaml", tmp_path / "task")
+    (tmp_path / "task" / "mine.yaml").write_text("defaults: [chain_sum]\nprompt: '{expression}?'\n")
+    monkeypatch.setattr(entries, "conf_dir", lambda: tmp_path)
+    assert (entry("mine").prompt, entry("mine").dataset) == ("{expression}?", "chain_sum")
 
 
 def test_an_entry_that_is_not_there_is_named():

@@ -155,6 +155,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert [problem.answer for problem in finite_problems(own, "task")] == ["3,600"]
 
 
+def test_a_verifier_may_need_no_answer(tmp_path):
+    check_task(replace(json_lines(tmp_path, '{"question": "what?"}'), answer="", answer_pattern=None), "task")
+
+
 def test_a_file_that_is_missing_empty_or_binary_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"task\.path=.*absent\.jsonl"):
         check_task(task_config("gsm8k", path=str(tmp_path / "absent.jsonl")), "task")
