@@ -234,7 +234,9 @@ def test_a_folder_with_results_at_another_budget_is_refused_naming_key_and_value
 )
 def test_a_comparison_is_not_extended_by_other_trials(tmp_path, change, why):
     tuned = ["experiment=tuned", f"results={tmp_path}", "sweep=s", "tuning.trial=0"]
-    _finished(compose(tuned))
+    run = compose(tuned)
+    run.tuning.trial = None
+    _finished(run)
     check_folder(tmp_path / "s", [compose([*tuned, "seed=5"])], rehearsal=True)
     with pytest.raises(ConfigError, match=f"{why}.*another sweep=NAME"):
         check_folder(tmp_path / "s", [compose([*tuned, *change])], rehearsal=True)
