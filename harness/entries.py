@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from harness.config import RunConfig
 from harness.errors import ConfigError
 
@@ -17,6 +19,19 @@ def conf_dir() -> Path:
     package = Path(__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+def entry_files(group: str, name: str) -> list[Path]:
+    """The files that an entry is made of: those of its `defaults` in the same group and its own, each over the ones
+    before it, as Hydra composes them.
+
+    Raises:
+        FileNotFoundError: where there is none of that name.
+    """
+    file = conf_dir() / group / f"{name}.yaml"
+    names = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
+    names = names if "_self_" in names else [*names, "_self_"]
+    return [found for one in names for found in ([file] if one == "_self_" else entry_files(group, one))]
 
 
 def check_names(folder: str | os.PathLike[str]) -> None:

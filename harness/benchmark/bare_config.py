@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from harness.config import RunConfig
-from harness.entries import conf_dir
+from harness.entries import entry_files
 
 
 def bare_config(groups: Mapping[str, str], overrides: Mapping[str, Any]) -> RunConfig:
@@ -23,12 +23,11 @@ def bare_config(groups: Mapping[str, str], overrides: Mapping[str, Any]) -> RunC
 
 def entry(group: str, name: str) -> dict[str, Any]:
     """The values of an entry, over those of its `defaults` in the same group."""
-    own = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
     values: dict[str, Any] = {}
-    for default in own.pop("defaults", []):
-        if default != "_self_":
-            values = _merged(values, entry(group, default))
-    return _merged(values, own)
+    for file in entry_files(group, name):
+        values = _merged(values, yaml.safe_load(file.read_text(encoding="utf-8")))
+    values.pop("defaults", None)
+    return values
 
 
 def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

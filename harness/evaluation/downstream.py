@@ -80,8 +80,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
     """
     if config.task_path is not None and not Path(config.task_path).is_dir():
         raise ConfigError(f"evaluation.task_path={config.task_path}: no such folder; give one of lm-eval task YAMLs")
-    local_tasks(config)
-    if set(config.tasks) <= {path.stem for path in LOCAL_TASKS.glob("*.yaml")}:
+    if set(config.tasks) <= local_tasks(config).keys():
         return  # known without importing lm-eval, which takes seconds
     local = _task_manager(config.task_path, False, config.limit).all_tasks
     unknown = [task for task in config.tasks if task not in local]

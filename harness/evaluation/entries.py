@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from harness.config import EvaluationConfig, TaskConfig
-from harness.entries import conf_dir
+from harness.entries import conf_dir, entry_files
 from harness.errors import ConfigError
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
@@ -74,30 +74,27 @@ def data_files(config: EvaluationConfig) -> list[Path]:
     return [Path(found) for pattern in patterns for found in sorted(glob(str(pattern), recursive=True))]
 
 
-def entry_files(task: str) -> list[Path]:
-    """The files that an entry of conf/task is made of: its `defaults` and itself, each over the ones before it.
+def task_files(task: str) -> list[Path]:
+    """The files that an entry of conf/task is made of.
 
     Raises:
         ConfigError: where there is none of that name.
     """
-    folder = conf_dir() / "task"
-    path = folder / f"{task}.yaml"
-    if not path.exists():
+    try:
+        return entry_files("task", task)
+    except FileNotFoundError as error:
         raise ConfigError(
             f"evaluation.tasks: dataset_kwargs.task={task} of one of them: no such entry comes with the harness, and "
             "those of a --config-dir cannot be named there; name one of "
-            f"{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
-        )
-    names = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
-    names = names if "_self_" in names else [*names, "_self_"]  # as Hydra reads it
-    return [file for name in names for file in ([path] if name == "_self_" else entry_files(name))]
+            f"{', '.join(sorted(file.stem for file in (conf_dir() / 'task').glob('*.yaml')))}"
+        ) from error
 
 
 @cache  # cells of a plan ask for the same ones
 def entry(task: str) -> TaskConfig:
     """An entry of conf/task, composed. Not by Hydra, which may be at work on the run itself. Raises as
-    :func:`entry_files`."""
-    values = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, entry_files(task))))
+    :func:`task_files`."""
+    values = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, task_files(task))))
     assert isinstance(values, dict)
     values.pop("defaults", None)
     found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values))
@@ -149,7 +146,7 @@ def _dataset_kwargs(task: Mapping[str, Any]) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _names(files: Any) -> list[str]:
-    """The paths and patterns of `data_files`: one, several, or those of each split."""
-    parts = list(files.values()) if isinstance(files, dict) else files
+def _names(given: Any) -> list[str]:
+    """One name, several, or those of each split: paths and patterns of `data_files`, or tags."""
+    parts = list(given.values()) if isinstance(given, dict) else given
     return [name for part in parts for name in _names(part)] if isinstance(parts, list) else [str(parts)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import RunConfig
-from harness.evaluation.entries import data_files, entry_files, held_out_entries
+from harness.evaluation.entries import data_files, held_out_entries, task_files
 from harness.runs.provenance import fingerprint
 
 # What transformers reads of a model's folder: weights, configurations, tokenizer and chat template.
@@ -24,7 +24,7 @@ def inputs_fingerprint(config: RunConfig) -> dict[str, str]:
     specs = {plugin: find_spec(plugin) for plugin in config.plugins}
     sources = {plugin: Path(spec.origin) for plugin, spec in specs.items() if spec and spec.origin}
     places = {plugin: path.parent if path.name == "__init__.py" else path for plugin, path in sources.items()}
-    entries = {file for task in held_out_entries(config.evaluation).values() for file in entry_files(task)}
+    entries = {file for task in held_out_entries(config.evaluation).values() for file in task_files(task)}
     places |= {f"conf/task/{file.name}": file for file in sorted(entries)}
     places |= {path: Path(path) for path in (config.task.path, config.evaluation.task_path) if path}
     places |= {str(path): path for path in data_files(config.evaluation)}

@@ -175,7 +175,7 @@ def freeze(folder: Path, cells: Sequence[Cell]) -> None:
         try:
             prepare(cell.config, cell.declined)
         except RunInUse:
-            continue  # another command is already at it; it wrote the same configuration, since the hash is the same
+            continue  # another command is already at it; it wrote the same configuration, but for a citation perhaps
     content = {
         "equal": equal_part(cells[0].config),
         "code": code_fingerprint(),

@@ -9,8 +9,8 @@ import pytest
 from harness.config import compose
 from harness.entries import conf_dir
 from harness.errors import ConfigError
-from harness.evaluation import check_evaluation, entries
-from harness.evaluation.entries import LOCAL_TASKS, data_files, entry, entry_files, held_out_entries, local_tasks
+from harness.evaluation import check_evaluation
+from harness.evaluation.entries import LOCAL_TASKS, data_files, entry, held_out_entries, local_tasks, task_files
 
 
 def test_of_the_tasks_that_are_asked_for_each_has_its_entry_through_what_it_includes_too(evaluation):
@@ -44,7 +44,7 @@ def test_an_entry_without_self_in_its_defaults_goes_over_them(tmp_path, monkeypa
     (tmp_path / "task").mkdir()
     shutil.copy(conf_dir() / "task" / "chain_sum.yaml", tmp_path / "task")
     (tmp_path / "task" / "mine.yaml").write_text("defaults: [chain_sum]\nprompt: '{expression}?'\n")
-    monkeypatch.setattr(entries, "conf_dir", lambda: tmp_path)
+    monkeypatch.setattr("harness.entries.conf_dir", lambda: tmp_path)
     assert (entry("mine").prompt, entry("mine").dataset) == ("{expression}?", "chain_sum")
 
 
@@ -57,7 +57,7 @@ def test_an_entry_that_is_not_there_is_named():
 def test_an_entry_has_the_values_of_those_that_it_builds_on(name):
     assert asdict(entry(name)) == asdict(compose(["algorithm=ppo", f"task={name}"]).task)
     own = [f"{name}.yaml"]
-    assert [file.name for file in entry_files(name)] == (own if name == "chain_sum" else ["chain_sum.yaml", *own])
+    assert [file.name for file in task_files(name)] == (own if name == "chain_sum" else ["chain_sum.yaml", *own])
 
 
 @pytest.mark.parametrize(
