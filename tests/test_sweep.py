@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from harness.config import compose, load
 from harness.entries import conf_dir
 from harness.errors import ConfigError
 from harness.runs.directory import RunDirectory, effective_status
+from harness.sweep import session
 from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
 from harness.sweep.slots import parallel_cells, slot
 from harness.sweep.tuning import rehearsed
@@ -93,12 +94,18 @@ def _runs(sweep):
     return {run["algorithm"]: run for run in map(json.loads, (file.read_text() for file in files))}
 
 
-def _plan(*overrides, rehearsal=False):
+@contextmanager
+def _composing(overrides):
+    """The configuration of a multirun, while Hydra can compose its cells."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        config = hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
-        return expand(compose_jobs(config, hydra.config_loader), rehearsal=rehearsal)
+        yield hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN)
+
+
+def _plan(*overrides, rehearsal=False):
+    with _composing(overrides) as config:
+        return expand(compose_jobs(config, GlobalHydra.instance().config_loader()), rehearsal=rehearsal)
 
 
 def _finished(run, **provenance):
@@ -334,6 +341,18 @@ def test_a_comparison_that_its_folder_cannot_take_stops_before_its_trials(tmp_pa
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(_ROOT)})
     assert ended.returncode == 2 and "budget.limits.flops (5.0, here 1000000000000.0)" in ended.stderr
     assert not (tmp_path / "tuned_run" / "trials").exists()
+
+
+def test_a_damaged_run_stops_the_plan_before_it_is_frozen(tmp_path, capsys):
+    given = [f"results={tmp_path}", "sweep=s", "algorithm=grpo,gspo", "seed=0"]
+    metrics = _finished(_plan(*given)[0].config).path / "metrics.jsonl"
+    metrics.write_text("{]\n")
+    plan = tmp_path / "s" / "sweep.json"
+    before = plan.read_bytes()
+    with _composing(given) as config, pytest.raises(SystemExit) as ended:
+        session.start(config)
+    assert ended.value.code == 2 and f"{metrics}, its last line is damaged" in capsys.readouterr().err
+    assert plan.read_bytes() == before and len(list((tmp_path / "s").glob("*/"))) == 1
 
 
 def test_a_plan_that_never_ran_stands_in_nobodys_way(tmp_path):

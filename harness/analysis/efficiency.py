@@ -169,8 +169,8 @@ def _axis_finding(setting: str, here: pd.DataFrame, reversed_pairs: Sequence[str
     unranked = [str(line.axis) for line in here.itertuples() if not line.unbeaten]
     if unranked:
         return (
-            f"On {setting}, whether who is in front changes with the axis of the budget is open: nothing is ranked at "
-            f"equal {_words(unranked)}."
+            f"On {setting}, whether who is in front changes with the axis of the budget is open: there are too few "
+            f"runs to compare all with all at equal {_words(unranked)}."
         )
     by_leader: dict[str, list[str]] = {}
     for line in here.itertuples():

@@ -50,6 +50,8 @@ def start(config: DictConfig) -> None:
         configs = [cell.config for cell in cells]
         folder = configs[0].run_dir.parent
         check_folder(folder, configs)
+        for run in configs:  # a damaged one stops the plan before it is frozen
+            read_cell(run.run_dir, run.label)
         _open.enter_context(RunDirectory(folder).lock())  # two commands at once would freeze two plans
         freeze(folder, cells)
         console = make_console()
