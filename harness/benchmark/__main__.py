@@ -1,4 +1,4 @@
-"""`python -m harness.benchmark [TABLE ...]`: measures, prints the tables and writes them below results/benchmarks."""
+"""`python -m harness.benchmark [TABLE ...]`: measures, prints the tables and writes them as JSON and Markdown."""
 
 import argparse
 import platform
@@ -44,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--repetitions {options.repetitions}: must be at least 1")
     if options.device == "cpu":  # one thread in every process that measures, and memory as cells have it
         set_up_environment(threads=1)
+    shapes = options.shapes or (["tiny"] if options.tiny else REAL)
     settings = Options(
-        options.repetitions, TINY if options.tiny else FULL, options.device, tuple(options.shapes), options.sweep
+        options.repetitions, TINY if options.tiny else FULL, options.device, tuple(shapes), options.sweep
     )
+    out = options.out or Path("results", "benchmarks_tiny" if options.tiny else "benchmarks")
     failed = False
     for name in options.table or _default_tables(settings):
         try:
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"levelfield: {error}", file=sys.stderr)
             failed = True
             continue
-        print(write(options.out, name, tables, _machine(options.device), settings), flush=True)
+        print(write(out, name, tables, _machine(options.device), settings), flush=True)
     return 2 if failed else 0
 
 
@@ -71,11 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="of each measurement (default: 5)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the table shapes (default: cpu)")
     parser.add_argument(
-        "--shapes", nargs="+", choices=list(SHAPES), default=list(REAL), metavar="SHAPE",
-        help=f"models of the table shapes: {', '.join(SHAPES)} (default: all but tiny)",
+        "--shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE",
+        help=f"models of the table shapes: {', '.join(SHAPES)} (default: all but tiny; with --tiny that alone)",
     )  # fmt: skip
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="a finished sweep, for the table sweep")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), metavar="DIR", help="where files go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="where files go (default: results/benchmarks; with --tiny results/benchmarks_tiny)",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="sizes that only try everything out: no figures to quote")
     return parser
 
@@ -83,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 def _default_tables(settings: Options) -> list[str]:
     if settings.device == "cuda":
         return ["shapes"]
-    return [name for name in TABLES if name != "shapes" and (name != "sweep" or settings.sweep)]
+    left_out = {"shapes": "tiny" not in settings.shapes, "sweep": settings.sweep is None}
+    return [name for name in TABLES if not left_out.get(name)]
 
 
 def _machine(device: str) -> dict[str, str]:

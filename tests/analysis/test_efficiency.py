@@ -56,8 +56,8 @@ def test_too_few_seeds_have_no_winner_on_any_axis() -> None:
     few = toy_sweep([Run(name, seed, [0.2, 0.5, end]) for name, end in (("a", 0.8), ("b", 0.6)) for seed in range(3)])
     (said,) = axis_findings(equal_budgets(few, HELD_OUT))
     assert said == (
-        "On tiny, whether who is in front changes with the axis of the budget is open: there are too few runs to compare "
-        "all with all at equal flops, tokens."
+        "On tiny, whether who is in front changes with the axis of the budget is open: there are too few runs to "
+        "compare all with all at equal flops, tokens."
     )
     assert axis_findings(equal_budgets(toy_sweep([Run("a", 0, [0.2, 0.5, 0.6])]), HELD_OUT)) == []
 

@@ -4,11 +4,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from harness.benchmark.__main__ import main
+from harness.benchmark.__main__ import TABLES, main
 from harness.benchmark.bare_config import bare_config
 from harness.benchmark.device_sides import OurPhases, PlainUpdate, decode_bytes, random_model
 from harness.benchmark.model_shapes import REAL, SHAPES, Shape
@@ -118,7 +119,7 @@ find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
     lambda name, *rest: None if name.partition(".")[0] in {absent} else find(name, *rest)
 )
-from harness.benchmark.__main__ import main
+from harness.benchmark.__main__ import TABLES, main
 sys.exit(main(sys.argv[1:]))
 """
 ABSENT = {
@@ -128,7 +129,7 @@ ABSENT = {
 
 
 def test_shapes_need_torch_and_transformers_alone(tmp_path):
-    arguments = ["shapes", "--shapes", "tiny", "--repetitions", "1", "--out", str(tmp_path)]
+    arguments = ["shapes", "--tiny", "--repetitions", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-c", BARE.format(absent=ABSENT), *arguments]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -154,6 +155,18 @@ def test_no_repetition_is_refused_before_anything_is_measured(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["shapes", "--repetitions", "0", "--out", str(tmp_path)])
     assert ended.value.code == 2 and "--repetitions 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_trying_out_replaces_no_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = []
+    tables = SimpleNamespace(tables=lambda options: measured.append(options) or [])
+    monkeypatch.setattr("harness.benchmark.__main__.import_module", lambda name: tables)
+    assert main(["--tiny"]) == main(["shapes"]) == 0
+    assert len(measured) == len(TABLES)  # all but that of a sweep, and one more
+    assert all(options.shapes == ("tiny",) for options in measured[:-1]) and measured[-1].shapes == tuple(REAL)
+    assert sorted(path.name for path in Path("results/benchmarks").iterdir()) == ["shapes.json", "shapes.md"]
+    assert len(list(Path("results/benchmarks_tiny").iterdir())) == 2 * len(measured[:-1])
 
 
 def test_one_table_that_cannot_be_measured_does_not_stop_the_others(capsys, tmp_path):
