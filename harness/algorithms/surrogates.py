@@ -51,9 +51,8 @@ def masked_clip(
     loss, low, high, outside = clip(elements, clip_low=clip_low, clip_high=clip_high)
     length = elements.mask.sum(1, keepdim=True).clamp(min=1)
     drift = (elements.old_logprobs - elements.logprobs.detach()).sum(1, keepdim=True) / length
-    far = drift > divergence
-    dropped = far & (elements.advantages < 0)
-    return Surrogate(loss.masked_fill(dropped, 0.0), low | dropped, high, outside | far)
+    dropped = (drift > divergence) & (elements.advantages < 0)
+    return Surrogate(loss.masked_fill(dropped, 0.0), low | dropped, high, outside)
 
 
 @register("surrogate", "ratio_mask", ordered=("lower", "upper"), clips=True)

@@ -103,6 +103,7 @@ def _reward(run: RunConfig, differs: list[str]) -> dict[str, Any]:
     if shaping["name"] == "none":
         return {}
     names = lookup({"overlong": {"buffer": "len", "penalty": "penalty_factor"}}, run.algorithm, "shaping")
+    differs.append("the penalty is for a reward function that gives 0 to 1, as verifiers do here")
     arguments = "reward.reward_kwargs"
     return {
         "reward.reward_manager.name": "dapo",

@@ -127,6 +127,16 @@ def test_verl_does_not_bound_the_log_ratios_of_the_covariance_methods(mode):
     policy = {"clip_cov_lb": 1e8, "clip_cov_ub": 1e9, "ppo_kl_coef": 0.0}
     assert value(verl_loss(mode, policy=policy), inputs) == pytest.approx(math.exp(25))
     assert value(harness_loss(mode, surrogate={"coefficient": 0.0} if mode == "kl_cov" else {}), inputs) < math.exp(21)
+    if mode == "kl_cov":  # whose penalty is of the whole log-ratio in both
+        change = {"selection": {"fraction": 1.0}}
+        penalties = [
+            value(theirs, sequences([[25.0]], [0.0]))
+            for theirs in (
+                verl_loss(mode, policy={"kl_cov_ratio": 1.0, "ppo_kl_coef": 1.0}),
+                harness_loss(mode, **change),
+            )
+        ]
+        assert penalties == pytest.approx([25.0, 25.0])
 
 
 def test_trl_bounds_the_sequences_ratio_of_vespo_from_below_at_1e_8():

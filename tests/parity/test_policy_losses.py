@@ -61,11 +61,23 @@ CASES = {
     # Sequence ratio
     "trl-gspo": Case("gspo", trl_loss(loss_type="grpo", importance_sampling_level="sequence", **GSPO_CLIP), TRL_BOUND),
     "verl-gspo": Case("gspo", verl_loss("gspo", "seq-mean-token-mean", **VERL_GSPO), VERL_GSPO_BOUND, per_token=False),
+    "trl-gspo_token": Case(
+        "gspo_token",
+        trl_loss(loss_type="grpo", importance_sampling_level="sequence", **GSPO_CLIP),
+        TRL_BOUND,
+        per_token=False,
+    ),
     "verl-gspo_token": Case("gspo_token", verl_loss("gspo", "seq-mean-token-mean", **VERL_GSPO), VERL_GSPO_BOUND),
     "trl-luspo": Case(
         "luspo",
         trl_loss(loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3, epsilon_high=2.5e-3),
         TRL_BOUND,
+    ),
+    "verl-luspo": Case(
+        "luspo",
+        verl_loss("gspo", "seq-mean-token-sum", clip_ratio_low=2e-3, clip_ratio_high=2.5e-3),
+        VERL_GSPO_BOUND,
+        per_token=False,
     ),
     "trl-gmpo": Case("gmpo", trl_loss("GMPO", epsilon=0.4), TRL_BOUND, per_token=False),
     "verl-gmpo": Case(
