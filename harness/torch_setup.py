@@ -18,7 +18,11 @@ def set_up_environment(threads: int) -> None:
 
 
 def set_up_torch(threads: int) -> None:
-    """Threads on the CPU, and numbers that are the same every time."""
+    """Threads, and on the CPU numbers that are the same every time.
+
+    On a GPU attention's gradients are not: kernels that are would be asked for by an error wherever another operation
+    has none.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -172,3 +172,18 @@ def test_the_algorithm_of_the_readme_composes(tmp_path):
     (tmp_path / "algorithm" / f"{name}.yaml").write_text(entry, encoding="utf-8")
     algorithm = compose([f"algorithm={name}"], config_dir=tmp_path).algorithm
     assert algorithm.name == name and algorithm.advantage["scale"] == "none" and algorithm.kl.coefficient > 0
+
+
+def test_scripts_take_the_first_python_that_has_what_they_need(tmp_path):
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+
+    def found(code: str, *candidates: str) -> str:
+        command = ["bash", "-c", 'source scripts/_setup; find_python "$0"', code]
+        environment = {**os.environ, "PYTHON": " ".join(candidates)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.strip()
+
+    assert found("", "/nowhere/python", str(bare), sys.executable) == str(bare)
+    assert found("import yaml", str(bare), sys.executable) == sys.executable
+    assert found("import yaml", str(bare)) == ""

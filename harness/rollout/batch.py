@@ -89,8 +89,8 @@ class Batch:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """From host memory to a device, without waiting for it."""
-    if device.type == "cuda":  # which waits for what it copies from memory that may be paged out
-        tensor = tensor.pin_memory()
+    if device.type == "cuda":  # which waits for what it copies from memory that may be paged out, as a view's copy may
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

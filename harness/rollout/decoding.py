@@ -43,9 +43,9 @@ def each_sees_one(present: Tensor) -> Tensor:
     Padding sees itself: kernels differ in what they make of a token that sees none. As a whole mask, since transformers
     would wait for the device to say whether a mark for each token hides anything.
     """
-    width = present.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool)
+    width, device = present.shape[1], present.device
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool, device=device)
 
 
 def sample(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

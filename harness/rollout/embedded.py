@@ -20,7 +20,7 @@ from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import Completions, Prompts, each_sees_one, sample
-from harness.rollout.graphs import GraphDecoder
+from harness.rollout.graphs import GraphDecoder, can_record
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
 
@@ -54,7 +54,7 @@ class EmbeddedEngine:
         weights = SamplingWeights(model)
         self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else weights
         self.graphs: GraphDecoder | None = None
-        if config.cuda_graphs and self.device.type == "cuda" and is_padding_free(model):
+        if config.cuda_graphs and self.device.type == "cuda" and can_record(model):
             self.graphs = GraphDecoder(weights, config.temperature, eos, pad, self.routing, uncharged)
 
     @torch.no_grad()
@@ -102,13 +102,13 @@ class EmbeddedEngine:
             cache = SlotCache(self.model.config, len(prompts) * group_size, width + self.max_tokens)
         else:  # which have room of their own for what follows
             cache = SlotCache(self.model.config, len(prompts), width)
-        mask: Tensor | None = present
-        if is_padding_free(self.model):
-            mask = None if present.all() else each_sees_one(present)
-        attention = None if mask is None else self._send(mask)
-        logits = self._forward(self._send(torch.tensor(padded)), attention, self._send(positions), cache)
+        there = self._send(present)
+        mask: Tensor | None = there
+        if is_padding_free(self.model):  # made where it is needed: for long prompts it is large
+            mask = None if present.all() else each_sees_one(there)
+        logits = self._forward(self._send(torch.tensor(padded)), mask, self._send(positions), cache)
         routes = None if self.routing is None else self._prompt_routes(self.routing.choices(), present)
-        return Prompts(cache, self._send(present), self._send(lengths), logits, routes)
+        return Prompts(cache, there, self._send(lengths), logits, routes)
 
     def _send(self, tensor: Tensor) -> Tensor:
         return send(tensor, self.device)

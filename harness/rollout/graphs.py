@@ -7,13 +7,15 @@ of the rows have ended and a graph of half the rows takes over.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from harness.errors import ConfigError
-from harness.policy.routing import Routing
+from harness.policy.attention import is_padding_free
+from harness.policy.routing import Routing, expert_layers
 from harness.rollout.cache import FixedLayer, SlotLayer
 from harness.rollout.decoding import Completions, Prompts, sample
 from harness.rollout.weights import SamplingWeights
@@ -25,12 +27,22 @@ _ROWS = 8  # fewer rows are not decoded any faster
 _LOOK = 16  # steps between two looks at how many sequences live
 
 
+def can_record(model: PreTrainedModel) -> bool:
+    """Whether a graph can hold a decoding step of a model on a GPU.
+
+    A mixture's grouped products ask the device how many tokens each expert has, but for the kernels that torch has for
+    compute capability 9 and 10.
+    """
+    grouped = not expert_layers(model) or torch.cuda.get_device_capability(model.device)[0] in (9, 10)
+    return is_padding_free(model) and grouped
+
+
 class CudaGraphs:
     """Records steps; all graphs share their memory, since one runs at a time."""
 
     def __init__(self) -> None:
         # Not those that torch shares with others, whose end would be felt here.
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream()
 
     def __call__(self, step: Step) -> Step:
         """The step as one launch. It must have run before."""
@@ -92,10 +104,13 @@ class GraphDecoder:
         (count, length), width = noise.shape, prompts.present.shape[1]
         rows = self._rows
         if rows is None or not rows.has_room(count, width + length, length):
+            most, columns = count, _multiple(width + length, _COLUMNS)
+            if rows is not None:  # no less than there was: batches of two shapes in turn would record every time
+                most, columns = max(most, len(rows.place)), max(columns, rows.present.shape[1])
             self._steps.clear()  # they work on the old one's memory
             self._record_step = self.recorder()  # memory that graphs shared cannot be shared again once all are gone
-            self._rows = None
-            self._rows = rows = _Rows(prompts, count, _multiple(width + length, _COLUMNS), length, self.pad)
+            rows = self._rows = None  # it is most of the memory, and goes before the new one comes
+            self._rows = rows = _Rows(prompts, most, columns, length, self.pad)
         rows.fill(prompts, group_size, noise, self.pad)
         return rows
 
@@ -256,6 +271,12 @@ class _Late:
         event = torch.cuda.Event()
         event.record()
         return told, event
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all recorders: for each stream that multiplies, torch keeps memory."""
+    return torch.cuda.Stream()
 
 
 def _multiple(number: int, of: int) -> int:

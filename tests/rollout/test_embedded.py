@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from harness.config import compose
 from harness.policy.loading import prepare_layers
 from harness.policy.logprobs import completion_logprobs
+from harness.rollout.batch import send
 from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one, sample
 from harness.rollout.embedded import EmbeddedEngine, _next_rows
@@ -161,6 +162,16 @@ def test_prompts_see_what_came_before_and_padding_sees_itself():
     assert seen[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert seen[1, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert seen[2, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert each_sees_one(present.to("meta")).is_meta  # where the prompts are: it may be large
+
+
+def test_what_is_sent_to_a_gpu_is_one_block_of_pinned_memory(monkeypatch):
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: sent.append(self.is_contiguous()) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self)
+    numbers = torch.arange(12).view(3, 4)
+    assert torch.equal(send(numbers[:, :2], torch.device("cuda")), numbers[:, :2])
+    assert sent == [True]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ CUDA graphs need a GPU. What stands in for them here records a step's operations
 they worked on: as with a graph, nothing else of the step runs again.
 """
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.rollout import embedded, graphs
 from harness.rollout.embedded import EmbeddedEngine
-from harness.rollout.graphs import GraphDecoder
+from harness.rollout.graphs import GraphDecoder, can_record
 from harness.rollout.weights import SamplingWeights
 from tests.policy.conftest import fresh
 from tests.policy.families import FAMILIES, build
@@ -152,6 +153,24 @@ def test_longer_prompts_and_more_rows_than_before_find_room(model):
         assert recorder.begun == begun  # graphs of what was given up share no memory with new ones
 
 
+def test_batches_of_two_shapes_in_turn_share_their_room(model, monkeypatch):
+    there = []
+
+    class Rows(graphs._Rows):
+        def __init__(self, *arguments):
+            assert all(rows() is None for rows in there)  # or twice the memory would be needed
+            there.append(weakref.ref(self))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(graphs, "_Rows", Rows)
+    eager, recorded, recorder = engines(model)
+    for _ in range(3):
+        for prompts, group_size in ((PROMPTS, 4), ([PROMPTS[1] * 3, [4]], 2)):
+            expected = sampled(eager, prompts=prompts, group_size=group_size)
+            assert_same(sampled(recorded, prompts=prompts, group_size=group_size), expected)
+    assert recorder.begun == len(there) == 2
+
+
 def test_weights_that_have_changed_are_the_ones_that_sample(model):
     eager, recorded, _ = engines(model)
     before = sampled(recorded)
@@ -203,6 +222,15 @@ def test_a_step_that_cannot_be_recorded_names_the_setting(model):
     recorded.graphs.recorder = lambda: refuse
     with pytest.raises(ConfigError, match=r"rollout.cuda_graphs=true: .* cannot be recorded \(operation not .*false"):
         sampled(recorded)
+
+
+@pytest.mark.parametrize(
+    ("capability", "mixtures"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
+)
+def test_a_mixture_is_recorded_where_its_products_need_not_wait(model, monkeypatch, capability, mixtures):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_record(model) == (mixtures or not fresh_experts(model))
+    assert not can_record(fresh("tiny_dense"))  # as loaded, with padding
 
 
 def test_which_models_can(model):
