@@ -50,7 +50,8 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # Not that of its generation settings: once changed, transformers would refuse to save what is odd in them.
+    model.config.pad_token_id = tokenizer.pad_token_id
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
     _check_head(model, path)

@@ -66,6 +66,15 @@ def test_a_whole_checkpoint_is_loaded(checkpoint):
     assert not model.training and tokenizer.padding_side == "left"
 
 
+def test_generation_settings_that_contradict_each_other_do_not_keep_a_policy_from_being_saved(checkpoint, tmp_path):
+    """Many published models name a temperature, but not that it be used."""
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    model, _ = load_policy(config_of(checkpoint), "cpu")
+    model.save_pretrained(tmp_path / "policy")
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
