@@ -5,11 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from harness.algorithms.correction import mismatch_metrics
 from harness.algorithms.metrics import Metrics
@@ -57,14 +59,32 @@ class Targets:
 @contextmanager
 def recomputing(network: nn.Module) -> Iterator[None]:
     """Let the layers that were prepared for it keep no activations, as they do in training mode; dropout stays off."""
-    layers = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers:
+    # Modules around them are prepared, too, but in training mode all that they would do is drop out.
+    prepared = [layer for layer in network.modules() if getattr(layer, "gradient_checkpointing", False)]
+    layers: list[Any] = [layer for layer in prepared if isinstance(layer, GradientCheckpointingLayer)]
+    given = [layer._gradient_checkpointing_func for layer in layers]
+    for layer, checkpoint in zip(layers, given, strict=True):
         layer.training = True
+        layer._gradient_checkpointing_func = partial(_without_dropout, layer, checkpoint)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, checkpoint in zip(layers, given, strict=True):
             layer.training = False
+            layer._gradient_checkpointing_func = checkpoint
+
+
+def _without_dropout(layer: nn.Module, checkpoint: Callable, forward: Callable, *inputs: Any) -> Any:
+    """What ``checkpoint`` makes of a layer's forward pass, now and again, with the layer itself in evaluation mode."""
+
+    def evaluated(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *inputs)
 
 
 class Updater(ABC):

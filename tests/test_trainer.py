@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from harness.analysis.figures import all_figures
 from harness.analysis.page import write_report
@@ -33,6 +34,9 @@ from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
 from harness.tasks import PromptStream
 from harness.tasks.bounded import BOUNDED
 from harness.trainer import Trainer
+from harness.update import recomputing
+from tests.policy.conftest import make_batch
+from tests.policy.test_packing import assert_same, dense, passes
 from tests.tiny_run import TINY, UPDATES, lines, numbers, planned, run
 
 _ROOT = Path(__file__).parents[1]
@@ -304,6 +308,30 @@ def test_activations_computed_again_change_no_result_and_are_charged(results, ce
     assert again["flops/rollout"] == kept["flops/rollout"]
     if "algorithm=ppo" in cell:
         assert 1.15 < again["flops/critic"] / kept["flops/critic"] < 1.3  # a forward pass of its own among four
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # its new name is younger than our oldest
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("opt", {"dropout": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("falcon", {"hidden_dropout": 0.5}),
+        ("biogpt", {"hidden_dropout_prob": 0.5}),  # around its layers, too
+    ],
+)
+def test_activations_computed_again_are_those_without_dropout(family, dropout):
+    batch, found, computed = make_batch(), [], []
+    for again in (False, True):
+        model = dense(family, **dropout)
+        layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+        next(layer.children()).register_forward_pre_hook(lambda *_, again=again: computed.append(again))
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with recomputing(model):
+            found.append(passes(model, batch))
+        assert not any(module.training for module in model.modules())
+    assert_same(*found)
+    assert computed == [False, True, True]
 
 
 def test_a_model_that_cannot_compute_its_activations_again_is_refused(cold_starts, monkeypatch):
