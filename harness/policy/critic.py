@@ -18,8 +18,9 @@ class Critic(nn.Module):
         """Starts from the policy's weights, with a head that says 0 everywhere."""
         super().__init__()
         self.network = copy.deepcopy(decoder(policy))
+        width = policy.get_output_embeddings().weight.shape[1]  # of the last states; layers may have another (OPT-350m)
         # In float32 whatever the policy computes in: returns are regressed, not ranked.
-        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+        self.head = nn.Linear(width, 1, device=policy.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from harness.policy import logprobs as module
 from harness.policy.critic import Critic
 from harness.policy.logprobs import completion_logprobs, token_logprobs
+from tests.policy.test_packing import dense
 
 
 def plain(model, batch, row, temperature):
@@ -199,6 +200,12 @@ def test_critic_is_as_large_as_the_policy_and_starts_at_zero(model, batch):
     size = sum(parameter.numel() for parameter in critic.parameters())
     hidden = model.config.hidden_size
     assert size - hidden - 1 == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_critic_takes_states_of_another_width_than_its_layers(batch):
+    """OPT-350m projects its last states back to the width of its embeddings."""
+    model = dense("opt", ffn_dim=64, word_embed_proj_dim=16)
+    assert (Critic(model)(batch) == 0).all()
 
 
 def test_training_the_critic_leaves_the_policy_alone(model, batch):
