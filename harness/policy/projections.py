@@ -19,6 +19,9 @@ from harness.policy.products import product, sum_of_outer_products
 # [B, L, 1, D] cosine and sine of each place in a head.
 Rotation = tuple[Tensor, Tensor]
 
+_PARAMETERS = {f"{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj", "o_proj") for kind in ("weight", "bias")}
+_PARAMETERS |= {"q_norm.weight", "k_norm.weight"}
+
 
 class Joint(NamedTuple):
     """Weights of the product; heads are those of queries, then of keys, then of values."""
@@ -55,6 +58,7 @@ class JointAttention(nn.Module):
             self.q_norm, self.k_norm = given.q_norm, given.k_norm
             if not (isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)):
                 raise ValueError("heads are normalised in another way")
+        _check_arithmetic(given)
         # Read by transformers' attention functions and by its caches.
         self.layer_idx, self.scaling, self.head_dim = given.layer_idx, given.scaling, given.head_dim
         self.num_key_value_groups, self.is_causal = given.num_key_value_groups, True
@@ -127,6 +131,20 @@ class JointAttention(nn.Module):
     def _split(self, states: Tensor) -> tuple[Tensor, ...]:
         """[B, heads, L, D] each, from [B, L, heads + 2 key heads, D]."""
         return states.transpose(1, 2).split(self.sizes, 1)
+
+
+def _check_arithmetic(layer: Any) -> None:
+    """Refuse a layer that does more to its states where a few fresh tokens need not show it.
+
+    Raises:
+        ValueError: for such a layer.
+    """
+    if {name for name, _ in layer.named_parameters()} - _PARAMETERS:
+        raise ValueError("it has other parameters")
+    if getattr(layer.config, "clip_qkv", None) is not None:
+        raise ValueError("states are clipped, large ones alone")
+    if "llama_4_scaling_beta" in (getattr(layer.config, "rope_parameters", None) or {}):
+        raise ValueError("queries are scaled, far from the beginning alone")
 
 
 def _project(

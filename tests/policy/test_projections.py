@@ -22,6 +22,9 @@ DENSE = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
 }
+# As published, from the ninth position on.
+_SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
+_SCALED |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def joint_layers(model):
@@ -75,6 +78,22 @@ def test_other_layers_stay(family, changes):
     assert not joint_layers(model) and list(model.modules()) == modules
     after = passes(model, batch)
     assert torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmo", {"clip_qkv": 8.0}),  # beyond what is tried
+        ("ministral3", {"rope_parameters": _SCALED}),  # behind what is tried
+        ("doge", {}),  # by parameters that are zero at first
+    ],
+)
+def test_layers_whose_difference_a_few_fresh_tokens_do_not_show_stay(family, changes):
+    model = dense(family, head_dim=8, **changes)
+    fuse_normalization(model)
+    drop_padding(model)
+    join_projections(model)
+    assert not joint_layers(model)
 
 
 def test_heads_that_are_normalised_as_transformers_does_stay():
