@@ -95,14 +95,6 @@ class FixedLayer(DynamicLayer):
             buffer[: len(indices)] = buffer.index_select(0, indices)
 
 
-class StateLayer(LinearAttentionLayer):
-    """One layer's states of fixed size (linear attention, convolution), whose rows transformers only reorders."""
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, in that order."""
-        self.reorder_cache(indices)  # type: ignore[arg-type]
-
-
 class SlotCache(DynamicCache):
     """A cache for so many tokens of so many sequences; layers other than of full attention are transformers' own."""
 
@@ -111,8 +103,6 @@ class SlotCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = SlotLayer(rows, columns)
-            elif type(layer) is LinearAttentionLayer:
-                self.layers[index] = StateLayer(layer.number_of_states)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Have the rows ``indices``, in that order, as the first ones; any of them as often as it is asked for."""
@@ -122,5 +112,7 @@ class SlotCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.copy_rows(sources, targets)
+            elif isinstance(layer, LinearAttentionLayer):  # transformers only reorders their states
+                layer.reorder_cache(indices)  # type: ignore[arg-type]
             else:
                 layer.batch_select_indices(indices)
