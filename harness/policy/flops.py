@@ -19,8 +19,8 @@ from harness.policy.routing import is_experts
 from harness.rollout.batch import Batch
 
 BACKWARD = 2
-# Kinds of layers that attend; others are convolutions or keep a state.
-_ATTEND = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+# Kinds of layers that do not attend, since they convolve, keep a state or do neither; all others do.
+_APART = ("conv", "linear_attention", "mamba", "mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def active_parameters(model: PreTrainedModel) -> int:
 def _attention(config: PretrainedConfig) -> float:
     """Operations a pair of query and key in all layers that attend: the scores, and the sum of values."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    layers = sum(kind in _ATTEND for kind in kinds) if kinds else config.num_hidden_layers
+    layers = sum(kind not in _APART for kind in kinds) if kinds else config.num_hidden_layers
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if getattr(config, "kv_lora_rank", None):  # latent attention: keys have a part with positions and one without

@@ -82,6 +82,21 @@ FAMILIES = {
         **_SMALL,
     },
 }
+# Dense; their layers, or the second of two, attend and keep a state beside it.
+HYBRID = {
+    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "zamba2": {
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "adapter_rank": 4,
+    },
+}
 
 
 def build(family: str, **changes) -> PreTrainedModel:

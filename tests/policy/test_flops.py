@@ -1,5 +1,7 @@
 """FLOPs from the architecture against torch's own counter, which sees every matrix product."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +12,8 @@ from harness.policy.flops import BACKWARD, active_parameters, critic_cost, polic
 from harness.policy.logprobs import completion_logprobs
 from harness.rollout.embedded import EmbeddedEngine
 from tests.policy.conftest import make_batch
-from tests.policy.families import build
+from tests.policy.families import HYBRID, LATENT, build
+from tests.policy.test_packing import dense
 
 
 @pytest.fixture
@@ -82,6 +85,18 @@ def test_active_parameters_count_experts_as_often_as_they_are_chosen(moe):
 )
 def test_attention_counts_the_layers_that_attend_and_what_they_multiply(family, operations):
     assert policy_cost(build(family)).attention == operations
+
+
+@pytest.mark.parametrize(
+    ("model", "operations"),
+    [
+        (partial(build, "deepseek_v32", n_routed_experts=8, **LATENT), 2 * 3 * 4 * (16 + 8)),  # what an index chooses
+        (partial(dense, "falcon_h1", **HYBRID["falcon_h1"]), 4 * 2 * 4 * 8),  # beside a state
+        (partial(dense, "zamba2", **HYBRID["zamba2"]), 4 * 1 * 4 * 16),  # likewise, in the second of two
+    ],
+)
+def test_attention_counts_where_it_has_another_name(model, operations):
+    assert policy_cost(model()).attention == operations
 
 
 def test_convolutions_are_no_experts_and_experts_go_by_any_of_their_names():

@@ -15,25 +15,12 @@ from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one, sample
 from harness.rollout.embedded import EmbeddedEngine, _next_rows
 from tests.policy.conftest import fresh
+from tests.policy.families import HYBRID
 from tests.policy.test_packing import dense
 
 EOS, PAD = 1, 0
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [4, 4], [20, 3, 17, 9]]
 ROLLOUT = compose().rollout
-HYBRID = {
-    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
-    "zamba2": {
-        "mamba_d_state": 8,
-        "n_mamba_heads": 8,
-        "mamba_headdim": 8,
-        "mamba_ngroups": 1,
-        "num_mem_blocks": 1,
-        "layers_block_type": ["mamba", "hybrid"],
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "adapter_rank": 4,
-    },
-}
 
 
 @pytest.fixture(params=["tiny_dense", "tiny_moe", "tiny_dense as it runs", "tiny_moe as it runs"])
