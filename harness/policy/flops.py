@@ -55,7 +55,7 @@ class ForwardCost:
         return self.full(prompts, len(prompts)) + float(decode)
 
 
-def forward_cost(network: nn.Module, head: nn.Linear, config: PretrainedConfig) -> ForwardCost:
+def forward_cost(network: PreTrainedModel, head: nn.Linear, config: PretrainedConfig) -> ForwardCost:
     """The cost of a decoder and its head.
 
     Args:
@@ -83,9 +83,15 @@ def critic_cost(critic: Critic, config: PretrainedConfig) -> ForwardCost:
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that take part in one token's forward pass: experts count as often as they are chosen."""
-    idle = sum(full - active for full, active in _matrices(decoder(model), model.config.get_text_config()))
-    return round(sum(parameter.numel() for parameter in model.parameters()) - idle)
+    """Parameters that take part in one text token's forward pass: experts count as often as they are chosen."""
+    network = decoder(model)
+    idle = sum(full - active for full, active in _matrices(network, model.config.get_text_config()))
+    beside = _size(network) - _size(network.get_decoder())
+    return round(_size(model) - beside - idle)
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _attention(config: PretrainedConfig) -> float:
@@ -110,11 +116,12 @@ def _chosen(config: PretrainedConfig) -> int:
     )
 
 
-def _matrices(network: nn.Module, config: PretrainedConfig) -> list[tuple[int, float]]:
-    """Entries of each weight matrix, and how many of them one token uses."""
-    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+def _matrices(network: PreTrainedModel, config: PretrainedConfig) -> list[tuple[int, float]]:
+    """Entries of each weight matrix, and how many of them one token uses; those of a tower for images see no text."""
+    modules = list(network.get_decoder().modules())
+    embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     found: list[tuple[int, float]] = []
-    for module in network.modules():
+    for module in modules:
         own = dict(module.named_parameters(recurse=False))
         if is_experts(module):
             # Expert weights are stacked as [experts, out, in]; 2-D ones beside them are their biases.

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from harness.config import compose
 from harness.policy.critic import Critic
@@ -97,6 +98,18 @@ def test_attention_counts_the_layers_that_attend_and_what_they_multiply(family, 
 )
 def test_attention_counts_where_it_has_another_name(model, operations):
     assert policy_cost(model()).attention == operations
+
+
+def test_a_tower_for_images_costs_a_text_nothing():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    images = {**sizes, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=1)
+    seeing, blind = (AutoModelForCausalLM.from_config(each) for each in (config, config.text_config))
+    assert sum(p.numel() for p in seeing.parameters()) > sum(p.numel() for p in blind.parameters())
+    assert policy_cost(seeing) == policy_cost(blind)
+    assert critic_cost(Critic(seeing), seeing.config) == critic_cost(Critic(blind), blind.config)
+    assert active_parameters(seeing) == active_parameters(blind)
 
 
 def test_convolutions_are_no_experts_and_experts_go_by_any_of_their_names():
