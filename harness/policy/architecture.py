@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 def is_moe(model: ModelConfig) -> bool:
     """Whether the model routes tokens to experts, read from its configuration alone."""
     fields = architecture(model)
+    fields = fields | (fields.get("ffn_config") or {})  # of DBRX
     return any(fields.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 

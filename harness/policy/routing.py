@@ -47,8 +47,13 @@ def check_routing(model: PreTrainedModel) -> None:
     """Route a few tokens.
 
     Raises:
-        ConfigError: if a layer's expert choices cannot be observed.
+        ConfigError: if there are experts that are not found, or a layer's choices cannot be observed.
     """
+    if not expert_layers(model) and any(".experts." in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            f"model: the experts of {type(model).__name__} are not, or not all, stacked in weights [experts, in, out], "
+            "so that it would be taken for a dense model; choose a model of another architecture"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     input_ids = torch.arange(8, device=model.device).remainder(vocabulary).unsqueeze(0)
     with autocast(model.device), Routing(model).watch():

@@ -19,6 +19,16 @@ from tests.policy.families import EXPERTS, FAMILIES, LATENT, build
 _MIXED = ("qwen3_moe", "jamba", "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "lfm2_moe")
 # One for each way from scores to weights.
 _ARITHMETICS = ["mixtral", "jamba", "deepseek_v2", "gpt_oss", "deepseek_v3", "minimax_m2"]
+# Not every expert has weights.
+_ZERO_EXPERTS = {"n_routed_experts": EXPERTS, "zero_expert_num": 2, "num_layers": 1, "head_dim": 8, **LATENT}
+# Weights of all experts are rows of one matrix.
+_FLAT_EXPERTS = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 1,
+    "ffn_config": {"moe_num_experts": EXPERTS, "moe_top_k": 2, "ffn_hidden_size": 16},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -185,6 +195,7 @@ def test_router_gradients_under_replay_equal_finite_differences(family, batch):
     [
         *((family, True) for family in FAMILIES),
         ("qwen3_5_moe", True),  # the fields are those of its text part
+        ("dbrx", True),
         ("qwen3_5", False),
         ("qwen3", False),
     ],
@@ -208,16 +219,18 @@ def test_a_layer_whose_choices_cannot_be_seen_is_named(family, changes, named):
         check_routing(build(family, **changes))
 
 
+@pytest.mark.parametrize(("family", "changes"), [("longcat_flash", _ZERO_EXPERTS), ("dbrx", _FLAT_EXPERTS)])
+def test_a_mixture_whose_experts_are_not_found_is_not_taken_for_a_dense_model(family, changes):
+    model = build(family, **changes)
+    with pytest.raises(ConfigError, match=f"model: the experts of {type(model).__name__} are not, or not all,"):
+        check_routing(model)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
         ("phimoe", {"num_local_experts": EXPERTS}, "PhimoeSparseMoeBlock"),
-        # not every expert there has weights
-        (
-            "longcat_flash",
-            {"n_routed_experts": EXPERTS, "zero_expert_num": 2, "num_layers": 1, "head_dim": 8, **LATENT},
-            "LongcatFlashForCausalLM",
-        ),
+        ("longcat_flash", _ZERO_EXPERTS, "LongcatFlashForCausalLM"),
     ],
 )
 def test_a_run_that_could_not_replay_stops_before_it_starts(tmp_path, family, changes, expected):
