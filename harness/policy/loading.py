@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,14 +84,28 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
     """Refuse models whose logits are more than a linear head on the decoder: ours would not be their probabilities."""
     input_ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size).unsqueeze(0)
     states = decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    logits = model(input_ids=input_ids).logits
+    head: Any = model.get_output_embeddings()
+    given: list[Tensor] = []
+
+    def exchange(_head: nn.Module, _states: Any, logits: Tensor) -> Tensor:
+        given.append(logits)
+        return torch.linspace(-1e3, 1e3, logits.numel()).view_as(logits)  # a cap hardly shows on those of fresh weights
+
+    handle = head.register_forward_hook(exchange)
+    after = model(input_ids=input_ids).logits
+    handle.remove()
+    (logits,) = given
     if not logits.isfinite().all():
         raise ConfigError(f"model.path={path}: its logits are not finite; are its weights damaged?")
-    if head is None or not torch.allclose(linear(states, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3):
+    more = None
+    if not torch.allclose(linear(states, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3):
+        more = "computes more than a linear layer between its decoder and its logits"
+    elif not torch.equal(after, exchange(head, None, logits)):
+        more = "scales or caps its logits after the output layer"
+    if more:
         raise ConfigError(
-            f"model.path={path}: {type(model).__name__} scales or caps its logits after the output layer, which the "
-            "trainer's log-probabilities do not; choose a model of another architecture"
+            f"model.path={path}: {type(model).__name__} {more}, which the trainer's log-probabilities do not; choose a "
+            "model of another architecture"
         )
 
 

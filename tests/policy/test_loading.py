@@ -10,6 +10,7 @@ from harness.config import compose
 from harness.errors import ConfigError
 from harness.policy.loading import build_model, load_policy
 from harness.policy.tokenizer import build_tokenizer
+from tests.policy.families import build
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -89,6 +90,25 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, damage, message):
     damage(checkpoint)
     with pytest.raises(ConfigError, match=rf"^model\.path={re.escape(str(checkpoint))}: {message}"):
         load_policy(config_of(checkpoint), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {}, "scales or caps its logits after the output layer"),
+        ("granite", {"logits_scaling": 8.0}, "scales or caps its logits after the output layer"),
+        ("modernbert-decoder", {"bos_token_id": 1}, "computes more than a linear layer between"),
+    ],
+)
+def test_logits_that_are_not_those_of_a_linear_layer_are_refused(tmp_path, family, changes, message):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = build(family, vocab_size=len(tokenizer), **changes)
+    with torch.no_grad():  # logits that a cap does nothing to
+        model.get_output_embeddings().weight.mul_(0.01)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^model\.path=\S+: \w+ {message}"):
+        load_policy(config_of(tmp_path), "cpu")
 
 
 def test_a_damaged_configuration_is_found_before_anything_is_loaded(checkpoint):
