@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from harness.evaluation import evaluate, prepare_evaluation
 from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
-from harness.policy.loading import load_policy, weights_hash
+from harness.policy.loading import load_policy, supported, weights_hash
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import check_routing, expert_layers
 from harness.reward import Grader, Rewards
@@ -101,7 +102,12 @@ class Trainer:
                 "whose experts are known (a module with a child named experts), so nothing would be replayed; set it "
                 "to disabled"
             )
-        check_routing(self.policy)
+        with supported(self.policy):
+            check_routing(self.policy)
+            policy_cost(self.policy)
+            rollout = replace(self.config.rollout, cuda_graphs=False)
+            engine = EmbeddedEngine(self.policy, rollout, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 3)
+            engine.generate([[0], [0, 1]], 2, torch.Generator())
         room = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
         check_positions(self.config.task, room, type(self.policy).__name__)
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())

@@ -1,6 +1,8 @@
 """Models and tokenizers: embedded ones with their cold start, or any Hugging Face causal language model."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.experts_implementation:
         model.set_experts_implementation(config.experts_implementation)
-    _check_head(model, path)
+    with supported(model):
+        _check_head(model, path)
     if config.activation_checkpointing:
         _checkpoint_activations(model, path)
     prepare_layers(model, device)
@@ -77,6 +80,24 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
     else:
         join_projections(model)
         use_closed_form(model)
+
+
+@contextmanager
+def supported(model: PreTrainedModel) -> Iterator[None]:
+    """Say of which model an error is that a trial meets.
+
+    Raises:
+        ConfigError: instead of whatever is raised inside.
+    """
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever another architecture lacks
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(
+            f"model: {type(model).__name__} is not supported ({reason}); choose a model of another architecture"
+        ) from error
 
 
 @torch.no_grad()

@@ -67,6 +67,15 @@ def opposite(routes):
     return EXPERTS - 1 - routes
 
 
+def start(folder, algorithm, family, changes):
+    """All of a run before its first step."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    build(family, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    config = compose([f"algorithm={algorithm}", "model=huggingface", f"model.path={folder}", f"results={folder}"])
+    Trainer(config, prepare(config))
+
+
 def seen(batch):
     """[B, L] the positions that reach a completion token."""
     return torch.arange(batch.input_ids.shape[1]) < batch.lengths.unsqueeze(1)
@@ -234,10 +243,18 @@ def test_a_mixture_whose_experts_are_not_found_is_not_taken_for_a_dense_model(fa
     ],
 )
 def test_a_run_that_could_not_replay_stops_before_it_starts(tmp_path, family, changes, expected):
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    build(family, vocab_size=len(tokenizer), **changes).save_pretrained(tmp_path)
-    model = ["model=huggingface", f"model.path={tmp_path}", f"results={tmp_path}"]
-    config = compose([*model, "algorithm=gspo_routing_replay"])
     with pytest.raises(ConfigError, match=expected):
-        Trainer(config, prepare(config))
+        start(tmp_path, "gspo_routing_replay", family, changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mamba", {"state_size": 8}, "AttributeError: 'MambaConfig' object has no attribute 'num_attention_heads'"),
+        ("llama4_text", {"num_local_experts": EXPERTS, "intermediate_size_mlp": 48}, "AttributeError: "),  # no decoder
+        ("minimax", {"num_local_experts": EXPERTS, "head_dim": 8}, "ValueError: MiniMax uses cache of its own"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_named_before_a_run_starts(tmp_path, family, changes, reason):
+    with pytest.raises(ConfigError, match=rf"^model: \w+ForCausalLM is not supported \({reason}.*; choose a model of"):
+        start(tmp_path, "grpo", family, changes)
