@@ -108,8 +108,9 @@ class Trainer:
             rollout = replace(self.config.rollout, cuda_graphs=False)
             engine = EmbeddedEngine(self.policy, rollout, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 3)
             engine.generate([[0], [0, 1]], 2, torch.Generator())
-        room = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
-        check_positions(self.config.task, room, type(self.policy).__name__)
+        limit = "max_position_embeddings"  # here by any name that a configuration has for it
+        room = getattr(self.policy.config.get_text_config(), limit, None)
+        check_positions(self.config.task, room, type(self.policy).__name__, limit)
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.policy.parameters())
         self.directory.check_space(size * _CHECKPOINT_COPIES * (2 if self.algorithm.critic else 1))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from harness.algorithms.registry import PARTS, check_settings, load_parts
 from harness.config import (
@@ -382,7 +383,7 @@ def _check_model(run: RunConfig) -> None:
     )
     if model.architecture is not None:
         check_architecture(model)
-    check_positions(run.task, architecture(model).get("max_position_embeddings"), f"model.name={model.name}")
+    _check_positions_of(architecture(model), run)
     if run.algorithm.routing_replay != "disabled" and not is_moe(model):
         raise Declined(
             f"algorithm.routing_replay={run.algorithm.routing_replay} has nothing to replay on the dense model "
@@ -390,18 +391,27 @@ def _check_model(run: RunConfig) -> None:
         )
 
 
-def check_positions(task: TaskConfig, room: int | None, model: str) -> None:
+def _check_positions_of(fields: Mapping[str, Any], run: RunConfig) -> None:
+    limit, model = "max_position_embeddings", f"model.name={run.model.name}"
+    check_positions(run.task, fields.get(limit), model, limit)
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":  # where beyond it the longest sequence turns all positions of a micro-batch
+        limit = f"original_{limit}"
+        check_positions(run.task, rope.get(limit) or fields.get(limit), model, limit)
+
+
+def check_positions(task: TaskConfig, room: int | None, model: str, limit: str) -> None:
     """Refuse sequences that are longer than a model has positions for.
 
     Args:
         task: says how long its prompts and completions may be.
         room: the positions; None where there is no limit.
         model: what the message calls it.
+        limit: the field that says how many positions there are.
     """
     asked = task.max_prompt_tokens + task.max_completion_tokens - 1  # nobody reads on from the last one
     _require(
         room is None or asked <= room,
         f"task.max_prompt_tokens={task.max_prompt_tokens} and task.max_completion_tokens={task.max_completion_tokens} "
-        f"make sequences of up to {asked} tokens where {model} has {room} positions (max_position_embeddings): lower "
-        "one of the two",
+        f"make sequences of up to {asked} tokens where {model} has {room} positions ({limit}): lower one of the two",
     )

@@ -125,3 +125,14 @@ def test_a_path_that_is_neither_folder_nor_on_a_hub_is_refused():
 def test_more_tokens_than_the_checkpoint_has_positions_are_refused(checkpoint):
     with pytest.raises(ConfigError, match=r"max_completion_tokens=100 make .* has 64 positions"):
         compose(["model=huggingface", f"model.path={checkpoint}", "task.max_completion_tokens=100"])
+
+
+def test_longrope_has_as_many_positions_as_do_not_depend_on_the_micro_batch(checkpoint):
+    factors = dict.fromkeys(("short_factor", "long_factor"), [1.0] * 4)
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 24, "rope_theta": 10000.0, **factors}
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": rope}))
+    lengths = ["model=huggingface", f"model.path={checkpoint}", "task.max_prompt_tokens=20"]
+    compose([*lengths, "task.max_completion_tokens=5"])
+    with pytest.raises(ConfigError, match=r"up to 25 tokens .* 24 positions \(original_max_position_embeddings"):
+        compose([*lengths, "task.max_completion_tokens=6"])
