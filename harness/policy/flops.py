@@ -5,6 +5,10 @@ often as the router chooses it; attention costs the full square of a sequence's 
 (a triangular kernel would save up to half). The backward pass costs twice the forward. In the trainer's passes each
 completion counts with its prompt, although those of a group that share a micro-batch share its reading. What is
 computed again in a backward pass, activations or the logits of a large vocabulary, the trainer charges on top.
+
+Approximated, the same for every algorithm: of linear attention and state spaces the matrices count, but not the updates
+of their states. All layers that attend count once and with heads of one size, although DiffLlama's attend twice, those
+with a window may have heads of their own, and DeepSeek-V3.2's attend to a part of what came before.
 """
 
 from dataclasses import dataclass
@@ -99,10 +103,11 @@ def _attention(config: PretrainedConfig) -> float:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     layers = sum(kind not in _APART for kind in kinds) if kinds else config.num_hidden_layers
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "head_dim", None) or config.hidden_size // heads
     if getattr(config, "kv_lora_rank", None):  # latent attention: keys have a part with positions and one without
-        return 2 * layers * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return 4 * layers * heads * head_dim
+        keys = config.qk_nope_head_dim + config.qk_rope_head_dim
+    values = getattr(config, "v_head_dim", None) or keys
+    return 2 * layers * heads * (keys + values)
 
 
 def _chosen(config: PretrainedConfig) -> int:

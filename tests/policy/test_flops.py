@@ -100,6 +100,12 @@ def test_attention_counts_where_it_has_another_name(model, operations):
     assert policy_cost(model()).attention == operations
 
 
+def test_values_count_in_their_own_size():
+    layers = {"layer_types": ["full_attention"] * 3, "moe_intermediate_size": 16}
+    model = build("mimo_v2_flash", n_routed_experts=8, head_dim=8, v_head_dim=4, **layers)
+    assert policy_cost(model).attention == 2 * 3 * 4 * (8 + 4)
+
+
 def test_a_tower_for_images_costs_a_text_nothing():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
