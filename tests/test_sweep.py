@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from harness.config import compose, load
 from harness.entries import conf_dir
 from harness.errors import ConfigError
+from harness.runs import compact
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep import session
 from harness.sweep.plan import Cell, check_folder, compose_jobs, expand, freeze
@@ -302,6 +303,12 @@ def test_a_model_or_task_of_one_name_has_one_meaning_in_a_folder(tmp_path, chang
     _finished(compose([f"results={tmp_path}", "sweep=s", "algorithm=grpo"]))
     with pytest.raises(ConfigError, match=re.escape(change.partition("=")[0])):
         check_folder(tmp_path / "s", [compose([f"results={tmp_path}", "sweep=s", "algorithm=gspo", change])])
+
+
+def test_the_compact_form_of_a_sweep_takes_no_further_runs(tmp_path):
+    kept = compact(synthetic.write_sweep(tmp_path / "s", synthetic.comparison()), tmp_path / "kept")
+    with pytest.raises(ConfigError, match=rf"{kept} is the compact form .*another sweep=NAME.*harness.report {kept} "):
+        check_folder(kept, [compose([f"results={tmp_path}", "sweep=kept"])])
 
 
 def test_variants_of_an_algorithm_may_share_one_plan(tmp_path):

@@ -13,6 +13,7 @@ from harness.runs.reading import (
     METRICS_TABLE,
     SWEEP,
     PathLike,
+    is_compact,
     load_evaluations,
     load_runs,
     load_samples,
@@ -34,9 +35,11 @@ def compact(path: PathLike, target: PathLike) -> Path:
 
     Raises:
         NoRuns: where `path` holds no runs.
-        ConfigError: where the target holds anything else than an earlier form of this sweep.
+        ConfigError: where the target holds anything else than an earlier form of this sweep, or where `path` is a
+            compact form to which runs were added.
     """
     source, target = Path(path), Path(target)
+    _check_source(source)
     runs, evaluations, samples = load_runs(source), load_evaluations(source), load_samples(source)
     _check_target(source, target)
     target.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,16 @@ def _identity_but_run() -> list[str]:
 
 def _replace_text(file: Path, text: str) -> None:
     replace_file(file, lambda open_file: open_file.write(text.encode()))
+
+
+def _check_source(source: Path) -> None:
+    """Refuse a compact form with runs beside its tables, which alone would be copied."""
+    added = sorted(source.glob(f"*/{METRICS}")) if is_compact(source) else []
+    if added:
+        raise ConfigError(
+            f"{source} is a compact sweep, of whose tables {added[0].parent.name} is no part: move that run directory "
+            "to another sweep's folder"
+        )
 
 
 def _check_target(source: Path, target: Path) -> None:

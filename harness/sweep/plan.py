@@ -25,6 +25,7 @@ from harness.refusals import REFUSED, refusal
 from harness.runs.directory import RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
+from harness.runs.reading import is_compact
 from harness.sweep.tuning import rehearsed, trial_seeds, tuned
 from harness.validation import check
 
@@ -126,6 +127,11 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
     Raises:
         ConfigError: saying what differs and what to do.
     """
+    if is_compact(folder):  # readers take all runs from its tables
+        raise ConfigError(
+            f"{folder} is the compact form of a sweep, which takes no further runs: choose another sweep=NAME, and "
+            f"join both with python -m harness.report {folder} {folder.parent}/NAME --out REPORT"
+        )
     names = {config.run_name for config in configs}
     labels = {config.label: config for config in configs}
     equal = equal_part(configs[0])

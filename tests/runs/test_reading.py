@@ -159,6 +159,13 @@ def test_the_compact_form_is_brought_up_to_date_by_the_same_sweep(sweep: Path, t
     assert load_runs(compact(sweep, tmp_path / "compact"))["run"].nunique() == 3
 
 
+def test_a_compact_form_with_runs_beside_its_tables_is_not_copied_without_them(sweep: Path, tmp_path: Path) -> None:
+    small = compact(sweep, tmp_path / "compact")
+    added = write_cell(small, Cell("gspo", "tiny_moe", 1)).name
+    with pytest.raises(ConfigError, match=f"is a compact sweep, of whose tables {added} is no part: move"):
+        compact(small, tmp_path / "again")
+
+
 @pytest.mark.parametrize("key", ["equal", "code"])
 def test_another_sweep_is_not_overwritten(sweep: Path, tmp_path: Path, key: str) -> None:
     compact(sweep, tmp_path / "compact")
