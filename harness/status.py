@@ -5,7 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import ConfigError
-from harness.runs.directory import METRICS, RERUN, RunDirectory, effective_status, parse_object
-from harness.runs.reading import NoRuns, is_compact, load_runs, read_config, read_sweep, run_directories
+from harness.runs.directory import METRICS, RunDirectory, effective_status
+from harness.runs.reading import (
+    NoRuns,
+    is_compact,
+    last_row,
+    load_runs,
+    lost,
+    read_config,
+    read_sweep,
+    run_directories,
+)
 from harness.runs.settings import differences
 
 # Most telling first: a terminal that is too small cuts the end.
@@ -25,7 +34,6 @@ STATUSES = ("running", "failed", "diverged", "interrupted", "planned", "done", "
 _SHOWN = {"planned": "to do"}
 _STYLES = {"running": "cyan", "failed": "bold red", "diverged": "magenta", "interrupted": "yellow", "done": "green"}
 _WIDTH = 120
-_TAIL = 16_384  # bytes, more than one line of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ def read_cell(path: Path, label: str) -> CellState:
         path: a run directory.
         label: of :func:`labels`.
     """
-    return _cell_state(path, label, _last_row(path / METRICS))
+    cell = _cell_state(path, label, last_row(path / METRICS))
+    return replace(cell, reason=lost(path, RunDirectory(path).read_status()) or cell.reason)
 
 
 def _cell_state(path: Path, label: str, row: Mapping[str, Any]) -> CellState:
@@ -173,17 +182,6 @@ def _left(cells: Sequence[CellState]) -> float | None:
     to_do = sum(cell.status in ("planned", "interrupted") for cell in cells)
     begun = sum(mean if cell.seconds_left is None else cell.seconds_left for cell in running)
     return (begun + to_do * mean) / len(running)
-
-
-def _last_row(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL))
-            complete = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    return parse_object(complete[-1], f"{path}, its last line", RERUN) if complete else {}
 
 
 def _number(value: float | None, form: str) -> str:

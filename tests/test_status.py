@@ -25,8 +25,14 @@ _REFERENCE = _ROOT / "results" / "reference"
 def _cell(folder, label, **fields):
     directory = RunDirectory(folder / f"{label}-0123abcd")
     directory.path.mkdir(parents=True)
-    directory.update_status(label=label, budget={"axis": "flops", "limit": 100.0}, **{"status": "planned", **fields})
+    known = {"label": label, "budget": {"axis": "flops", "limit": 100.0}, "status": "planned"}
+    directory.update_status(**known | fields)
     return directory
+
+
+def _spent(flops):
+    """The `budget` of run.json."""
+    return {"axis": "flops", "limit": 100.0, "spent": {"flops": flops}}
 
 
 def _running(folder, label, **fields):
@@ -75,9 +81,7 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
 
 
 def test_a_sweep_kept_without_its_lines_still_tells_what_was_spent(tmp_path):
-    _cell(tmp_path, "gspo", status="done").update_status(
-        budget={"axis": "flops", "limit": 100.0, "spent": {"flops": 101.0, "device_seconds": 7.0}}
-    )
+    _cell(tmp_path, "gspo", status="done", budget=_spent(101.0))
     assert read_cells(tmp_path)[0].spent == 1.01
 
 
@@ -103,6 +107,11 @@ def test_of_a_sweep_in_compact_form_the_last_steps_are_shown_too(tmp_path):
     (cell,) = (cell for cell in read_cells(_REFERENCE) if cell.name == run)
     last = load_runs(_REFERENCE).query("run == @run").iloc[-1]
     assert (cell.step, cell.reward) == (last["step"], last["reward/mean"]) and cell.spent == pytest.approx(1, abs=0.02)
+
+
+def test_a_run_of_a_sweep_in_compact_form_has_lost_nothing():
+    run = json.loads((_REFERENCE / "sweep.json").read_text())["cells"][0]
+    assert [cell.reason for cell in read_cells(_REFERENCE / run)] == [None]
 
 
 def test_the_cells_stand_in_the_order_of_the_plan(tmp_path):
@@ -174,13 +183,26 @@ def test_without_a_terminal_a_cell_is_told_of_when_it_passes_a_quarter_of_its_bu
 
 
 def test_a_run_whose_first_step_passed_the_budget_says_what_a_step_costs(tmp_path):
-    directory = _cell(tmp_path, "gspo-s0", status="done")
+    directory = _cell(tmp_path, "gspo-s0", status="done", budget=_spent(250.0))
+    (directory.path / "config.yaml").write_text("seed: 0\n")
     directory.append_metrics(_row(step=1, flops=250.0, seconds=1.0))
     (cell,) = read_cells(tmp_path)
     assert cell.reason is not None
     assert cell.reason.startswith("its first step passed budget.limits.flops=100: a step costs 250, ")
     assert "gspo-s0 done: its first step passed" in _status(tmp_path).stdout
     directory.append_metrics(_row(step=2, flops=500.0, seconds=2.0))
+    directory.update_status(budget=_spent(500.0))
+    assert read_cells(tmp_path)[0].reason is None
+
+
+def test_a_run_that_is_done_and_lacks_its_last_lines_says_so(tmp_path):
+    directory = _cell(tmp_path, "gspo-s0", status="done", budget=_spent(100.0))
+    (directory.path / "config.yaml").write_text("seed: 0\n")
+    directory.append_metrics(_row(step=1, flops=50.0, seconds=1.0))
+    assert (
+        read_cells(tmp_path)[0].reason == "metrics.jsonl is not whole: remove its run directory and run the cell again"
+    )
+    directory.append_metrics(_row(step=2, flops=100.0, seconds=2.0))
     assert read_cells(tmp_path)[0].reason is None
 
 

@@ -39,6 +39,7 @@ _PROVENANCE = (
     "packages",
     "inputs",
 )
+_TAIL = 16_384  # bytes, more than one line of metrics.jsonl
 
 PathLike = str | os.PathLike[str]
 
@@ -153,6 +154,47 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [parse_object(line, f"{file}, line {number}", RERUN) for number, line in enumerate(complete, 1)]
 
 
+def last_row(file: Path) -> dict[str, Any]:
+    """The last whole line of a JSON lines file, without reading those before it; empty where there is none.
+
+    Raises:
+        ConfigError: where it is no JSON object.
+    """
+    try:
+        with open(file, "rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(max(0, size - _TAIL))
+            complete = opened.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    return parse_object(complete[-1], f"{file}, its last line", RERUN) if complete else {}
+
+
+def lost(directory: Path, run: dict[str, Any]) -> str | None:
+    """What a run that is done must have had and has no longer, and what to do about it.
+
+    Args:
+        directory: its run directory.
+        run: the content of its run.json. Raises as :func:`last_row`.
+    """
+    if run.get("status") != "done" or is_compact(directory.absolute().parent):  # of that the tables have all lines
+        return None
+    scores, budget = run.get("scores"), run.get("budget") or {}
+    written = ["config.yaml", METRICS, *([EVALUATIONS] if scores else [])]
+    gone = [name for name in written if not (directory / name).exists()]
+    if gone:
+        return f"{', '.join(gone)} lost: {RERUN}"
+    if not read_config(directory / "config.yaml"):
+        return f"config.yaml cannot be read: {RERUN}"
+    axis, last = budget.get("axis"), last_row(directory / METRICS)
+    if last.get(f"budget/{axis}") != budget.get("spent", {}).get(axis):
+        return f"{METRICS} is not whole: {RERUN}"
+    last = last_row(directory / EVALUATIONS) if scores else {}
+    if scores and (last.get("fraction"), last.get("task")) != (1.0, list(scores)[-1]):
+        return f"{EVALUATIONS} is not whole: {RERUN}"
+    return None
+
+
 def _identity(path: PathLike) -> pd.DataFrame:
     return load_cells(path)[IDENTITY]
 
@@ -181,7 +223,7 @@ def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
         "run": name,
         **{key: who.get(key) for key in ("label", "algorithm", "model", "task", "seed")},
         "status": effective_status(run),
-        "reason": run.get("reason") or (None if directory is None or is_compact(root) else _lost(directory, run)),
+        "reason": run.get("reason") or (lost(directory, run) if directory else None),
         "budget_axis": axis,
         "budget_limit": budget.get("limit") or limits.get("limits", {}).get(axis),
         **{key: who.get(key) for key in ("hash", "started", "finished", "traceback")},
@@ -196,17 +238,6 @@ def _cell(root: Path, name: str, directory: Path | None) -> dict[str, Any]:
         cell |= {f"{key}/{task}": value for key, value in score.items()}
     cell |= {f"parameters/{kind}": value for kind, value in (run.get("parameters") or {}).items()}
     return cell | {key: (run.get("provenance") or {}).get(key) for key in _PROVENANCE}
-
-
-def _lost(directory: Path, run: dict[str, Any]) -> str | None:
-    """What a run that is done must have had and has no longer, and what to do about it."""
-    written = ["config.yaml", METRICS, *([EVALUATIONS] if run.get("scores") else [])]
-    if run.get("status") != "done":
-        return None
-    lost = [name for name in written if not (directory / name).exists()]
-    if lost:
-        return f"{', '.join(lost)} lost: {RERUN}"
-    return None if read_config(directory / "config.yaml") else f"config.yaml cannot be read: {RERUN}"
 
 
 def _from_name(name: str) -> dict[str, Any]:

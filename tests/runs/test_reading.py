@@ -135,6 +135,15 @@ def test_a_run_that_lost_files_says_so_in_its_reason(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_a_run_that_lost_lines_says_so_in_its_reason(sweep: Path, name: str, kept: int) -> None:
+    file = sweep / CELLS[0].name / name
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    reason = load_cells(sweep)["reason"][0]
+    assert reason == f"{name} is not whole: remove its run directory and run the cell again"
+
+
 def test_the_compact_form_reads_as_the_sweep_does(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", comparison())
     small = compact(sweep, tmp_path / "compact")
