@@ -273,6 +273,18 @@ def test_what_is_asked_for_is_said_and_made_again_by_the_command_in_the_page(tmp
     assert files(report) == first
 
 
+def test_of_an_earlier_report_nothing_is_left_that_this_one_has_not(tmp_path: Path) -> None:
+    cells = [Cell(name, model, 0) for name in ("grpo", "gspo") for model in ("tiny_dense", "tiny_moe")]
+    sweep = write_sweep(tmp_path / "sweep", cells)
+    _run(sweep)
+    mine = sweep / "report" / "figures" / "mine.png"
+    mine.write_text("drawn by hand")
+    assert (sweep / "report" / "figures" / "expert_change.svg").exists()
+    _run(sweep, "--filter", "model=tiny_dense")
+    _run(sweep, "--filter", "model=tiny_dense", "--out", tmp_path / "fresh")
+    assert {*files(tmp_path / "fresh"), "figures/mine.png"} == set(files(sweep / "report"))
+
+
 def test_several_sweeps_are_reported_on_as_one(tmp_path: Path) -> None:
     parts = [
         write_sweep(tmp_path / name, [Cell(name, "tiny_dense", seed) for seed in range(3)]) for name in ("grpo", "gspo")

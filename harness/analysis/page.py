@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ _PLACES = {  # of tables in these sections; the others stand in "tables", and th
 }
 _OPTIONAL = ("claims", "budget", "tables", "samples")  # sections that are left out where they have no table
 _FILES_ONLY = ("completion",)  # the page has the grid
+_LINK = re.compile(r'href="((?:figures|tables)/\w+\.(?:csv|png|svg))"')
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,12 @@ class _Figure:
 def write_report(sweep: Sweep, folder: Path) -> Report:
     """Write figures/, tables/, report.html and report.md; the same sweep gives the same bytes.
 
+    Of an earlier report in the folder, figures and tables that this one has not are removed.
+
     Raises:
         OSError: where the folder cannot be written.
     """
+    earlier = _files(folder / "report.html")
     for name in ("figures", "tables"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     tables = all_tables(sweep)
@@ -119,7 +124,17 @@ def write_report(sweep: Sweep, folder: Path) -> Report:
     }
     (folder / "report.html").write_text(_html(context), encoding="utf-8")
     (folder / "report.md").write_text(_markdown(context), encoding="utf-8")
+    for file in earlier - _files(folder / "report.html"):
+        file.unlink(missing_ok=True)
     return report
+
+
+def _files(page: Path) -> set[Path]:
+    """The figures and tables beside a page that it links to; what else lies there is none of ours."""
+    if not page.exists():
+        return set()
+    links = {page.parent / link for link in _LINK.findall(page.read_text(encoding="utf-8", errors="replace"))}
+    return links | {file.with_suffix(".md") for file in links if file.parent.name == "tables"}
 
 
 def _placed(tables: list[Table]) -> dict[str, list[Table]]:
