@@ -2,7 +2,10 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.algorithms.advantages import all_equal, group_statistics, last_tokens, step_rewards
 from harness.algorithms.registry import call
 from harness.config import RewardModelConfig, RunConfig
+from harness.errors import ConfigError
 from harness.rollout.batch import Batch, stack_rows
 from harness.tasks import STEP_VERIFIERS, VERIFIERS, Problem
 
@@ -63,8 +67,12 @@ class Grader:
             problems: what each was asked.
             batch: the rollout batch.
             generator: a CPU generator, where the reward model's errors come from.
+
+        Raises:
+            ConfigError: where a verifier gives anything else than a number from 0 to 1.
         """
-        verdicts = [self.verify(text, problem) for text, problem in zip(texts, problems, strict=True)]
+        key = f"task.verifier={self.task.verifier}"
+        verdicts = [number(self.verify(text, problem), key) for text, problem in zip(texts, problems, strict=True)]
         true = torch.tensor(verdicts, dtype=torch.float32)
         lengths, longest = batch.completion_lengths, self.task.max_completion_tokens
         outcome = misjudged(true, lengths, longest, self.task.reward_model, generator)
@@ -78,18 +86,33 @@ class Grader:
         tokens, ends = torch.zeros(batch.mask.shape), torch.zeros(batch.mask.shape, dtype=torch.bool)
         means = torch.full((len(texts),), torch.nan)
         if self.task.step_verifier is not None:
-            judge = STEP_VERIFIERS[self.task.step_verifier]
+            judge, key = STEP_VERIFIERS[self.task.step_verifier], f"task.step_verifier={self.task.step_verifier}"
             completions, lengths = batch.completions.tolist(), batch.completion_lengths.tolist()
             for row, (text, problem) in enumerate(zip(texts, problems, strict=True)):
                 rewards, expected = judge(text, problem)
                 offsets = [offset for offset, _ in rewards]
                 columns = tokens_at(offsets, completions[row][: lengths[row]], self.tokenizer)
                 for column, (_, reward) in zip(columns, rewards, strict=True):
-                    tokens[row, column] += reward  # steps that end within one token are one step
+                    tokens[row, column] += number(reward, key)  # steps that end within one token are one step
                     ends[row, column] = True
                 if expected:
                     means[row] = sum(reward for _, reward in rewards) / expected
         return tokens, ends, means
+
+
+def number(reward: Any, key: str) -> float:
+    """A verifier's reward, which as NaN would look like a run that diverged, and as 2 would outweigh all others.
+
+    Args:
+        reward: what it gave.
+        key: the setting that names it.
+
+    Raises:
+        ConfigError: for anything else than a number from 0 to 1.
+    """
+    if not isinstance(reward, Real | np.bool_) or not 0 <= float(reward) <= 1:
+        raise ConfigError(f"{key} gave {reward!r} for a completion: a verifier must give a number from 0 to 1")
+    return float(reward)
 
 
 def misjudged(

@@ -1,5 +1,6 @@
 """Rewards for steps on the tokens that earned them, and rewards with a reward model's errors."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -80,6 +81,24 @@ def test_without_a_step_verifier_there_is_the_outcome_alone():
     rewards = graded(tokenizer, [tokenizer("3-7=-4;-4+8=4#4")["input_ids"]], "task=chain_sum")
     assert placed(rewards.tokens[0]) == placed(rewards.ends[0]) == {14: 1.0}
     assert rewards.steps.isnan().all()
+
+
+@pytest.mark.parametrize("reward", [float("nan"), 2.0, -0.5, None, "1"])
+def test_what_is_no_reward_from_0_to_1_is_refused_naming_the_verifier(monkeypatch, reward):
+    tokenizer = build_tokenizer()
+    completions = [tokenizer("3-7=-4;")["input_ids"]]
+    monkeypatch.setitem(VERIFIERS, "own", lambda completion, problem: reward)
+    monkeypatch.setitem(STEP_VERIFIERS, "own", lambda completion, problem: JudgedSteps([(7, reward)], 1))
+    for key in ("verifier", "step_verifier"):
+        with pytest.raises(ConfigError, match=rf"^task\.{key}=own gave {reward!r} .* a number from 0 to 1$"):
+            graded(tokenizer, completions, f"task.{key}=own")
+
+
+@pytest.mark.parametrize("reward", [True, 1, np.True_, np.float32(1.0)])
+def test_a_verifier_may_give_any_kind_of_number(monkeypatch, reward):
+    tokenizer = build_tokenizer()
+    monkeypatch.setitem(VERIFIERS, "own", lambda completion, problem: reward)
+    assert graded(tokenizer, [tokenizer("#4")["input_ids"]], "task.verifier=own").true.tolist() == [1.0]
 
 
 def word_tokenizer(*words):
