@@ -12,6 +12,7 @@ from typing import Any
 from harness.config import TaskConfig
 from harness.errors import ConfigError
 from harness.tasks.problem import Given, Problem, check_text, make_problem
+from harness.tasks.verifiers import check_answer
 
 
 def generator(task: TaskConfig, key: str) -> Callable[..., Any]:
@@ -55,7 +56,8 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
     """All problems of a JSON lines file or a `datasets` data set, in its order.
 
     Raises:
-        ConfigError: for a source that cannot be read, or a row that does not fit the templates (with its line number).
+        ConfigError: for a source that cannot be read, or a row that does not fit the templates or the verifier (with
+            its line number).
     """
     read, place = (_json_lines, f"{task.path}, line") if task.source == "json_lines" else (_hub_rows, "row")
     problems = []
@@ -63,6 +65,7 @@ def finite_problems(task: TaskConfig, key: str) -> list[Problem]:
         try:
             problem = make_problem(task, row, key, Given())
             check_text(problem, task, key)
+            check_answer(problem, task, key)
         except ConfigError as error:
             raise ConfigError(f"{error} ({place} {number})") from error
         problems.append(problem)

@@ -45,14 +45,15 @@ def gsm8k_reward(completion: str, answer: str) -> float:
         completion: what the model wrote.
         answer: the number, or a whole reference solution that ends in `#### number`.
     """
-    expected, found = _gsm8k_number(answer.rpartition("####")[2]), None
+    expected, found = _gsm8k_number(answer), None
     if "####" in completion:
-        found = _gsm8k_number(completion.rpartition("####")[2])
+        found = _gsm8k_number(completion)
     return float(expected is not None and expected == found)
 
 
 def _gsm8k_number(text: str) -> Decimal | None:
-    match = _GSM8K.match(text[:_LONGEST_ANSWER].lstrip())
+    """The number after the last `####`, or at the beginning of a text without one."""
+    match = _GSM8K.match(text.rpartition("####")[2][:_LONGEST_ANSWER].lstrip())
     return _number("".join(match.groups()).removesuffix(".")) if match else None
 
 
@@ -105,6 +106,27 @@ VERIFIERS: dict[str, Callable[[str, Problem], float]] = {
     "math": lambda completion, problem: math_reward(completion, problem.answer),
     "reasoning_gym": reasoning_gym_reward,
 }
+
+# What a reference answer must be for a completion to be right, and whether one is; of other verifiers, any text.
+_REFERENCES: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "gsm8k": ("a number", lambda answer: _gsm8k_number(answer) is not None),
+}
+
+
+def check_answer(problem: Problem, task: TaskConfig, key: str) -> None:
+    """Stop a problem to which no completion could be right, whose rewards would all be 0.
+
+    Raises:
+        ConfigError: where its answer is not what the verifier compares.
+    """
+    if task.verifier not in _REFERENCES:
+        return
+    what, fits = _REFERENCES[task.verifier]
+    if not fits(problem.answer):
+        raise ConfigError(
+            f"{key}.verifier={task.verifier} compares with {what}, and the answer {problem.answer[-80:]!r} is none: "
+            "mend it, leave the problem out, or choose another verifier, such as marked_answer"
+        )
 
 
 def check_verifier(task: TaskConfig, key: str) -> None:

@@ -98,6 +98,10 @@ def test_the_key_is_the_callers(tmp_path):
         ('["a", "list"]', "line 3 is not a JSON object"),
         ('{"question": "no answer here"}', r"no field 'answer'.*line 3"),
         ('{"question": "no mark", "answer": "4"}', r"answer_pattern.*finds nothing.*line 3"),
+        (
+            '{"question": "3+4", "answer": "#### seven"}',
+            r"task\.verifier=gsm8k compares with a number, and the answer 'seven' is none.*line 3",
+        ),
         ('{"question": null, "answer": "#### 4"}', r"task\.prompt: the field 'question' is null.*line 3"),
         ('{"question": "2+2", "answer": null}', r"task\.answer: the field 'answer' is null.*line 3"),
         ('{"question": "2+2", "answer": NaN}', r"task\.answer: the field 'answer' is NaN.*line 3"),
@@ -131,7 +135,7 @@ def test_a_problem_that_asks_or_expects_nothing_is_named_by_its_line(tmp_path, q
 @pytest.mark.parametrize("answer", [False, 0])
 def test_a_value_that_python_takes_for_false_is_an_answer(tmp_path, answer):
     own = json_lines(tmp_path, json.dumps({"question": "0", "answer": answer, "note": None}))
-    (problem,) = finite_problems(replace(own, answer_pattern=None), "task")
+    (problem,) = finite_problems(replace(own, answer_pattern=None, verifier="marked_answer"), "task")
     assert problem.answer == str(answer)
 
 
@@ -156,7 +160,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 
 
 def test_a_verifier_may_need_no_answer(tmp_path):
-    check_task(replace(json_lines(tmp_path, '{"question": "what?"}'), answer="", answer_pattern=None), "task")
+    own = replace(json_lines(tmp_path, '{"question": "what?"}'), answer="", answer_pattern=None)
+    check_task(replace(own, verifier="marked_answer"), "task")
 
 
 def test_a_file_that_is_missing_empty_or_binary_is_refused(tmp_path):
