@@ -13,25 +13,40 @@ from harness.runs.provenance import fingerprint
 # What transformers reads of a model's folder: weights, configurations, tokenizer and chat template.
 _OF_A_MODEL = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
 
+# What lm-eval reads of a folder of tasks: them, what they include (often NAME_yaml) and their functions.
+_OF_TASKS = ("yaml", ".yml", ".py")
+
 
 def inputs_fingerprint(config: RunConfig) -> dict[str, str]:
     """The :func:`fingerprint` of each file that a run reads beside the code and its configuration, by name.
 
     These are its plugins, its model's folder, its task's file, the entries whose problems its evaluation asks, and
-    lm-eval tasks of the user's with their files. What a plugin imports in its turn is not among them, nor is a model or
-    a data set that is known by its name.
+    lm-eval tasks of the user's with their functions and data files. What a plugin imports in its turn is not among
+    them, nor is a model or a data set that is known by its name.
     """
     specs = {plugin: find_spec(plugin) for plugin in config.plugins}
     sources = {plugin: Path(spec.origin) for plugin, spec in specs.items() if spec and spec.origin}
     places = {plugin: path.parent if path.name == "__init__.py" else path for plugin, path in sources.items()}
     entries = {file for task in held_out_entries(config.evaluation).values() for file in task_files(task)}
     places |= {f"conf/task/{file.name}": file for file in sorted(entries)}
-    places |= {path: Path(path) for path in (config.task.path, config.evaluation.task_path) if path}
+    places |= {config.task.path: Path(config.task.path)} if config.task.path else {}
     places |= {str(path): path for path in data_files(config.evaluation)}
     digests = {name: fingerprint([place.name], place.parent) for name, place in places.items()}
+    if config.evaluation.task_path:
+        digests[config.evaluation.task_path] = _tasks_fingerprint(
+            Path(config.evaluation.task_path), Path(config.results).resolve()
+        )
     if config.model.path and Path(config.model.path).is_dir():
         digests[config.model.path] = _model_fingerprint(Path(config.model.path))
     return digests
+
+
+def _tasks_fingerprint(folder: Path, results: Path) -> str:
+    """Of a folder of lm-eval tasks, without the results that may lie below it: sweeps write YAML there."""
+    found = [file for file in sorted(folder.rglob("*")) if file.name.endswith(_OF_TASKS) and file.is_file()]
+    if folder.resolve() in results.parents:
+        found = [file for file in found if results not in file.resolve().parents]
+    return fingerprint([str(file.relative_to(folder.parent)) for file in found], folder.parent)
 
 
 def _model_fingerprint(folder: Path) -> str:

@@ -40,6 +40,23 @@ def test_what_no_run_reads_of_a_models_folder_has_no_fingerprint(tmp_path):
     assert inputs_fingerprint(config) == before
 
 
+def test_what_lm_eval_does_not_read_of_a_folder_of_tasks_has_no_fingerprint(tmp_path):
+    """The results may lie there, which change with every cell."""
+    run, beside = tmp_path / "results" / "s" / "run", tmp_path / "my_results"
+    for folder in (run, beside):
+        folder.mkdir(parents=True)
+    config = compose([f"results={tmp_path}/results", f"evaluation.task_path={tmp_path}"])
+    before = inputs_fingerprint(config)
+    for file in (run / "config.yaml", run / "metrics.jsonl", tmp_path / "notes.txt"):
+        file.write_text("changing")
+    assert inputs_fingerprint(config) == before
+    for file in (tmp_path / "_template_yaml", tmp_path / "utils.py", beside / "more.yaml"):
+        file.write_text("task: mine\n")
+        after = inputs_fingerprint(config)
+        assert after != before
+        before = after
+
+
 def test_what_own_evaluation_tasks_ask_has_fingerprints_with_all_that_it_is_made_of(tmp_path):
     data, tasks = tmp_path / "problems.jsonl", tmp_path / "tasks"
     tasks.mkdir()
