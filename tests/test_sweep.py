@@ -278,6 +278,16 @@ def test_results_whose_configuration_is_gone_are_named_with_what_to_do(tmp_path,
         check_folder(tmp_path / "s", [run])
 
 
+@pytest.mark.parametrize("key", ["provenance", "model", "task", "seed", "label"])
+def test_results_that_do_not_say_whose_they_are_are_named_with_what_to_do(tmp_path, key):
+    run = compose([f"results={tmp_path}", "sweep=s"])
+    file = _finished(run).path / "run.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in known.items() if name != key}))
+    with pytest.raises(ConfigError, match=rf"{file} is damaged \(it has no {key}\): remove its run directory and run"):
+        check_folder(tmp_path / "s", [run])
+
+
 def test_results_of_data_that_was_edited_since_are_refused_naming_it(tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text('{"question": "1+1", "answer": "#### 2"}\n')

@@ -22,7 +22,7 @@ from harness.entries import check_choices
 from harness.errors import ConfigError, Declined, NothingToChoose
 from harness.machine import cache_dir
 from harness.refusals import REFUSED, refusal
-from harness.runs.directory import RunDirectory, RunInUse, replace_file
+from harness.runs.directory import RERUN, RunDirectory, RunInUse, replace_file
 from harness.runs.inputs import changed_input, inputs_fingerprint
 from harness.runs.provenance import code_fingerprint
 from harness.runs.reading import is_compact
@@ -142,8 +142,8 @@ def check_folder(folder: Path, configs: Sequence[RunConfig], *, rehearsal: bool 
     for directory in (RunDirectory(file.parent) for file in files):
         if not _holds_results(directory):
             continue
-        run, there = directory.read_status(), directory.path
-        code = run["provenance"]["code"]
+        run, there = _identified(directory), directory.path
+        code = run["provenance"].get("code")
         if code != code_fingerprint():
             raise _mixing(there, f"was made by other code ({code}, now {code_fingerprint()})")
         changed = changed_input(run["provenance"], inputs)
@@ -268,6 +268,15 @@ def _check_names(configs: Sequence[RunConfig]) -> None:
 def _holds_results(directory: RunDirectory) -> bool:
     status = directory.read_status().get("status")
     return status in ("done", "diverged") or directory.state_path.exists()
+
+
+def _identified(directory: RunDirectory) -> dict[str, Any]:
+    """run.json, with all that says which run it is of."""
+    run = directory.read_status()
+    for key in ("provenance", "model", "task", "seed", "label"):
+        if run.get(key) is None:
+            raise ConfigError(f"{directory.path / 'run.json'} is damaged (it has no {key}): {RERUN}")
+    return run
 
 
 def _mixing(path: Path, what: str) -> ConfigError:
