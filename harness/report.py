@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report and say where it is.
 
     Returns:
-        0, also where cells failed, which it says; 2 where there is nothing to report or no place for it.
+        0, also where cells failed, which it says; 2 where there is nothing to report or no place for it; 130 after
+        Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"levelfield: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     _announce(report)
     return 0
 

@@ -215,6 +215,14 @@ def test_nothing_to_report_ends_with_2_and_the_mend(
     assert "give a sweep folder" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.report.read_sweep", interrupted)
+    assert main([str(tmp_path)]) == 130
+
+
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, harness.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
