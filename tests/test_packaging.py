@@ -157,6 +157,21 @@ def test_a_script_prints_its_usage_before_it_sets_up_anything(tmp_path, name, as
     assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_compare_reports_on_the_folder_that_its_overrides_name(tmp_path, quote):
+    scripts, python = shutil.copytree(ROOT / "scripts", tmp_path / "scripts"), tmp_path / ".venv" / "bin" / "python"
+    (scripts / "_setup").write_text("setup_environment() { :; }\n")
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$*\"\n")
+    python.chmod(0o755)
+    results = tmp_path / ("a b" if quote else "ab")
+    (results / "mine").mkdir(parents=True)
+    overrides = [f"results={quote}{results}{quote}", f"sweep={quote}mine{quote}"]
+    shown = subprocess.run([scripts / "compare", *overrides], capture_output=True, text=True, cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.splitlines()[1:] == [f"-m harness.report {results}/mine"]
+
+
 def test_the_map_names_what_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
