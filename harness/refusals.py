@@ -41,7 +41,8 @@ def refusal(error: Exception) -> ConfigError:
         name = error.missing_cfg_file.rpartition("/")[2]
         return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: not KEY=VALUE as Hydra reads it: {_first(error.message)}")
+        quote = "; quote a value with spaces, accents or braces: \"KEY='…'\"" if "=" in error.override else ""
+        return ConfigError(f"{error.override}: not KEY=VALUE as Hydra reads it: {_first(error.message)}{quote}")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         return ConfigError(_no_such_key(str(cause.full_key), [str(key) for key in cause.parent_node]))
     return ConfigError(_first(f"{error}\n\n{cause or ''}"))
@@ -80,4 +81,5 @@ def _is_open(key: str) -> bool:
 def _first(text: str) -> str:
     """The first paragraph on one line, without Hydra's advice to add what would be refused."""
     paragraph = text.strip().partition("\n\n")[0]
-    return " ".join(line for line in paragraph.splitlines() if not line.startswith(("To append", "See https")))
+    lines = (line for line in paragraph.splitlines() if not line.startswith(("To append", "See https")))
+    return " ".join(" ".join(lines).split())

@@ -38,6 +38,13 @@ def test_a_misspelt_override_is_told_in_one_line_with_what_is_near_it(overrides,
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("value", ["/tmp/a b/é", "a{b"])
+def test_a_value_that_wants_quotes_is_told_so_and_taken_with_them(value):
+    with pytest.raises(ConfigError, match="; quote a value with spaces, accents or braces: \"KEY='…'\"$"):
+        compose([f"results={value}"])
+    assert compose([f"results='{value}'"]).results == value
+
+
 def test_a_mistake_of_ours_is_not_taken_for_one_of_the_configuration():
     with pytest.raises(json.JSONDecodeError):
         try:
