@@ -17,6 +17,12 @@ from harness.errors import ConfigError
 # What composing a configuration raises of its own; of entries without an end, Python's error.
 REFUSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 _NO_ENTRY = "Config group override"  # how Hydra's error for null or a number in place of an entry begins
+# Entries that are there where an extra of ours is installed, and which.
+_EXTRAS = {
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/ray": "ray",
+}
 
 
 def refusal(error: Exception) -> ConfigError:
@@ -39,7 +45,9 @@ def refusal(error: Exception) -> ConfigError:
         raise error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         name = error.missing_cfg_file.rpartition("/")[2]
-        return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}")
+        extra = _EXTRAS.get(error.missing_cfg_file)
+        comes = f"; it comes with pip install -e '.[{extra}]'" if extra else ""
+        return ConfigError(f"{error.missing_cfg_file}: no such entry; {_nearest(name, error.options)}{comes}")
     if isinstance(error, OverrideParseException):
         quote = "; quote a value with spaces, accents or braces: \"KEY='…'\"" if "=" in error.override else ""
         return ConfigError(f"{error.override}: not KEY=VALUE as Hydra reads it: {_first(error.message)}{quote}")

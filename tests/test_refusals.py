@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from hydra.errors import MissingConfigException
 
 from harness.config import compose
 from harness.errors import ConfigError
@@ -36,6 +37,14 @@ def test_a_misspelt_override_is_told_in_one_line_with_what_is_near_it(overrides,
     with pytest.raises(ConfigError) as raised:
         compose(overrides)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("submitit_slurm", "slurm"), ("submitit_local", "slurm"), ("ray", "ray")])
+def test_a_launcher_of_an_extra_that_is_not_installed_is_told_with_it(name, extra):
+    missing = MissingConfigException("", f"hydra/launcher/{name}", ["basic", "joblib"])
+    assert str(refusal(missing)) == (
+        f"hydra/launcher/{name}: no such entry; there are basic, joblib; it comes with pip install -e '.[{extra}]'"
+    )
 
 
 @pytest.mark.parametrize("value", ["/tmp/a b/é", "a{b"])
