@@ -16,6 +16,7 @@ def main() -> int:
     """The command line; returns its exit status: 2 for a configuration that cannot run, 1 where a run failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # for Hydra to raise what it would print at length
+    sys.argv[1:] = multirun_first(sys.argv[1:])
     code = 0
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run_or_launch)()
@@ -27,6 +28,11 @@ def main() -> int:
         print(refusal(error), file=sys.stderr)
         code = 2
     return session.finish(code)
+
+
+def multirun_first(arguments: list[str]) -> list[str]:
+    """The command's arguments with -m before the overrides: Hydra takes no overrides behind an option behind others."""
+    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from harness.config import compose, load
 from harness.entries import conf_dir
 from harness.errors import ConfigError
+from harness.run import multirun_first
 from harness.runs import compact
 from harness.runs.directory import RunDirectory, effective_status
 from harness.sweep import session
@@ -214,6 +216,14 @@ def test_how_a_cell_failed_stays_known_until_it_runs_again(tmp_path):
     directory.update_status(status="failed", reason="why")
     freeze(cell.config.run_dir.parent, [cell])
     assert (directory.read_status()["status"], directory.read_status()["reason"]) == ("failed", "why")
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_overrides_may_stand_on_both_sides_of_the_flag_of_a_sweep(flag):
+    arguments = ["--config-dir", "mine", "hydra/launcher=basic", flag, "sweep=s", "seed=0,1"]
+    parsed = get_args_parser().parse_args(multirun_first(arguments))
+    assert parsed.multirun and parsed.overrides == ["hydra/launcher=basic", "sweep=s", "seed=0,1"]
+    assert parsed.config_dir == "mine"
 
 
 # --- folders that would mix results ---------------------------------------------------------------------------------
