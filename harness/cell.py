@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -97,11 +97,24 @@ def run_cell(directory: RunDirectory) -> str:
             # Of a ConfigError the message says it all; a traceback would only hide it.
             trace = None if isinstance(error, ConfigError) else traceback.format_exc()
             status, reason = "failed", _reason(error)
-        with suppress(OSError):  # a full disk: the last run.json stays, and this process will be seen to be gone
+        with telling(directory):  # the last run.json stays, and this process will be seen to be gone
             directory.update_status(status=status, reason=reason, traceback=trace, finished=_now())
-        if status == "done":
-            directory.state_path.unlink(missing_ok=True)  # nothing continues from it, and it is several models large
+            if status == "done":
+                directory.state_path.unlink(missing_ok=True)  # nothing continues from it: several models large
     return status
+
+
+@contextmanager
+def telling(directory: RunDirectory) -> Iterator[None]:
+    """Say on the terminal what a full disk keeps from run.json, and go on."""
+    try:
+        yield
+    except OSError as error:
+        print(
+            f"{directory.path}: {error}: nothing more can be kept there; free some space and give the same command "
+            "again",
+            file=sys.stderr,
+        )
 
 
 def _train(directory: RunDirectory) -> None:

@@ -1,13 +1,17 @@
 """What a planned run refuses to start with: other code, plugins or data than it was planned with."""
 
+import errno
 import json
 import re
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from harness.cell import run_cell
-from harness.runs.directory import METRICS
+from harness.runs.directory import METRICS, RunDirectory
+from harness.sweep.launch import _settle
 from tests.tiny_run import lines, planned
 
 
@@ -46,6 +50,29 @@ def test_a_run_whose_data_or_plugin_was_edited_since_its_plan_fails_and_says_so(
         file.write("\n")
     name = re.escape(edited.removesuffix(".py"))
     assert re.search(rf"{name} \(\w{{12}}, now \w{{12}}\) has changed since this run was planned", _failed(directory))
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "killed"])
+def test_an_end_that_a_full_disk_cannot_keep_is_told_on_the_terminal(tmp_path, monkeypatch, capsys, end):
+    directory, keep = planned(tmp_path), RunDirectory.update_status
+    directory.save_state({})
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("harness.cell._train", full if end == "failed" else lambda directory: None)
+    monkeypatch.setattr(
+        RunDirectory, "update_status", lambda own, **kept: (keep if kept["status"] == "running" else full)(own, **kept)
+    )
+    if end == "killed":
+        _settle(directory, SimpleNamespace(exitcode=-signal.SIGKILL, pid=0), "failed")
+    else:
+        assert run_cell(directory) == end
+    assert directory.state_path.exists()  # what the same command continues from
+    assert capsys.readouterr().err == (
+        f"{directory.path}: [Errno 28] No space left on device: nothing more can be kept there; free some space and "
+        "give the same command again\n"
+    )
 
 
 def test_a_run_that_began_with_other_packages_is_not_continued(tmp_path, cold_starts, monkeypatch):

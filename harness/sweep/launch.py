@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.cell import run_alone
+from harness.cell import run_alone, telling
 from harness.config import read
 from harness.runs.directory import FINAL, RunDirectory, RunInUse, effective_status
 from harness.runs.reading import read_sweep
@@ -151,7 +151,7 @@ def _settle(directory: RunDirectory, process: BaseProcess, status: str) -> None:
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code == -signal.SIGKILL:
         ended += ", perhaps for want of memory"
-    with suppress(RunInUse, OSError), directory.lock():  # a full disk: as in run_cell
+    with telling(directory), suppress(RunInUse), directory.lock():
         directory.update_status(
             status=status,
             reason=ended,
