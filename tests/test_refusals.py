@@ -47,7 +47,7 @@ def test_a_launcher_of_an_extra_that_is_not_installed_is_told_with_it(name, extr
     )
 
 
-@pytest.mark.parametrize("value", ["/tmp/a b/é", "a{b"])
+@pytest.mark.parametrize("value", ["a b/é", "a{b"])
 def test_a_value_that_wants_quotes_is_told_so_and_taken_with_them(value):
     with pytest.raises(ConfigError, match="; quote a value with spaces, accents or braces: \"KEY='…'\"$"):
         compose([f"results={value}"])
