@@ -18,11 +18,12 @@ from harness.evaluation import evaluate, prepare_evaluation
 from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
-from harness.policy.loading import load_policy, supported, weights_hash
+from harness.policy.loading import end_tokens, load_policy, supported, weights_hash
 from harness.policy.logprobs import completion_logprobs
 from harness.policy.routing import check_routing, expert_layers
 from harness.reward import Grader, Rewards
 from harness.rollout.batch import Batch
+from harness.rollout.decoding import lives
 from harness.rollout.embedded import EmbeddedEngine
 from harness.runs.directory import RunDirectory
 from harness.runs.loggers import Log, open_loggers
@@ -64,7 +65,7 @@ class Trainer:
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
         self.config, self.directory, self.algorithm = config, directory, config.algorithm
         self.policy, self.tokenizer = load_policy(config.model, config.device)
-        self.device = self.policy.device
+        self.device, self.ends = self.policy.device, end_tokens(self.policy, self.tokenizer)
         self._check_model()
         self.meter = Meter(config.budget, self.device)
         self.critic = Critic(self.policy) if self.algorithm.critic else None
@@ -77,7 +78,7 @@ class Trainer:
         self.engine = EmbeddedEngine(
             self.policy,
             config.rollout,
-            self.tokenizer.eos_token_id,
+            self.ends,
             self.tokenizer.pad_token_id,
             config.task.max_completion_tokens,
             record_routes=self.algorithm.routing_replay == "R3",
@@ -106,7 +107,7 @@ class Trainer:
             check_routing(self.policy)
             policy_cost(self.policy)
             rollout = replace(self.config.rollout, cuda_graphs=False)
-            engine = EmbeddedEngine(self.policy, rollout, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 3)
+            engine = EmbeddedEngine(self.policy, rollout, self.ends, self.tokenizer.pad_token_id, 3)
             engine.generate([[0], [0, 1]], 2, torch.Generator())
         limit = "max_position_embeddings"  # here by any name that a configuration has for it
         room = getattr(self.policy.config.get_text_config(), limit, None)
@@ -239,7 +240,7 @@ class Trainer:
 
     def _batch_metrics(self, batch: Batch, rewards: Rewards) -> dict[str, float]:
         """Of all that was sampled, chosen to learn from or not."""
-        ended = (batch.completions == self.tokenizer.eos_token_id).mul(batch.mask).sum(1) > 0
+        ended = (~lives(batch.completions, self.ends)).mul(batch.mask).sum(1) > 0
         grouped = self.algorithm.completions_per_prompt > 1
         zero_std = (~rewards.informative(batch.group_ids)).float().mean()
         optional = {"reward/zero_std_fraction": float(zero_std)} if grouped else {}

@@ -65,7 +65,7 @@ def on_gpu(name):
 def sample(model, seed, graphs=True, record_routes=False):
     config = compose().rollout
     config.cuda_graphs = graphs
-    engine = EmbeddedEngine(model, config, EOS, PAD, MOST, record_routes)
+    engine = EmbeddedEngine(model, config, (EOS,), PAD, MOST, record_routes)
     prompts = [[5 + row % 9, 6, 7][: 1 + row % 3] for row in range(32)]
     return [engine.generate(prompts, 8, torch.Generator().manual_seed(seed)) for _ in range(2)], engine
 

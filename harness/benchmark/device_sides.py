@@ -66,7 +66,7 @@ class OurPhases:
         follow_autocast(model)
         self.config, self.cost = shape_config(shape), policy_cost(model)
         self.prompts = random_prompts(shape, model)
-        self.engine = EmbeddedEngine(model, self.config.rollout, NO_TOKEN, 0, shape.completion)
+        self.engine = EmbeddedEngine(model, self.config.rollout, (NO_TOKEN,), 0, shape.completion)
         meter = Meter(BudgetConfig("updates", {"updates": 1e9}), torch.device(device))
         self.judge = Judge(self.config, meter, model, self.cost, None, None, None)
         self.updater = PolicyUpdater(model, self.config, meter.paused)

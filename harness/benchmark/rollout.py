@@ -40,7 +40,7 @@ class OurRollout:
         self.group_size = config.algorithm.completions_per_prompt
         eos = NO_TOKEN if lengths == "fixed" else tokenizer.eos_token_id
         self.engine = EmbeddedEngine(
-            policy, config.rollout, eos, tokenizer.pad_token_id, config.task.max_completion_tokens
+            policy, config.rollout, (eos,), tokenizer.pad_token_id, config.task.max_completion_tokens
         )
         self.generator = torch.Generator().manual_seed(0)
         self()

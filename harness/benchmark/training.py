@@ -68,7 +68,7 @@ class WholeSteps:
         self.loggers = ExitStack()
         self.trainer.log = self.loggers.enter_context(open_loggers(config, directory, steps=0))
         if lengths == "fixed":
-            self.trainer.engine.eos = NO_TOKEN
+            self.trainer.engine.ends = (NO_TOKEN,)
         self.trainer.step()
 
     def __call__(self) -> dict[str, float]:

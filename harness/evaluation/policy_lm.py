@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.config import RolloutConfig
+from harness.policy.loading import end_tokens
 from harness.rollout.embedded import EmbeddedEngine
 
 
@@ -43,7 +44,7 @@ class PolicyLM(HFLM):
             max_length,
             others,
             attention_mask=attention_mask,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(end_tokens(self.model, self.tokenizer)),
             **settings,
         )
 
@@ -51,8 +52,8 @@ class PolicyLM(HFLM):
         """``context`` [B, W], which is padded on the left, with up to ``max_tokens`` tokens behind it."""
         prompts = [row[mask.bool()].tolist() for row, mask in zip(context.cpu(), present.cpu(), strict=True)]
         config = RolloutConfig("embedded", len(prompts), temperature, len(prompts), cuda_graphs=False)
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        engine = EmbeddedEngine(self.model, config, eos, pad, max_tokens)
+        ends, pad = end_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        engine = EmbeddedEngine(self.model, config, ends, pad, max_tokens)
         # lm-eval's batches follow each other in torch's global generator, which the evaluation has seeded.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         completions = engine.generate(prompts, 1, generator).completions

@@ -65,6 +65,14 @@ def load_policy(config: ModelConfig, device: str) -> tuple[PreTrainedModel, PreT
     return model.eval(), tokenizer
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's end of sequence, and those of the model's generation settings,
+    which of a chat model may be the end of a turn."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *named]))
+
+
 def prepare_layers(model: PreTrainedModel, device: str) -> None:
     """Let the layers of a model compute in the ways that are fastest on the device, and move it there.
 

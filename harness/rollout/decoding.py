@@ -1,5 +1,6 @@
 """What decoding starts from, what it fills, and how a token is drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -35,6 +36,14 @@ class Completions:
     def __getitem__(self, rows: slice) -> "Completions":
         """Views of some of them."""
         return Completions(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def lives(tokens: Tensor, ends: Sequence[int]) -> Tensor:
+    """Where a token is none of those that end a completion, of which there is one or more."""
+    alive = tokens != ends[0]
+    for token in ends[1:]:
+        alive &= tokens != token
+    return alive
 
 
 def each_sees_one(present: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ random numbers of a completion depend on (seed, step, its place in the rollout b
 other completions or on how many are decoded at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,7 +19,7 @@ from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
 from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import SlotCache
-from harness.rollout.decoding import Completions, Prompts, each_sees_one, sample
+from harness.rollout.decoding import Completions, Prompts, each_sees_one, lives, sample
 from harness.rollout.graphs import GraphDecoder, can_record
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
@@ -32,7 +32,7 @@ class EmbeddedEngine:
         self,
         model: PreTrainedModel,
         config: RolloutConfig,
-        eos: int,
+        ends: Sequence[int],
         pad: int,
         max_tokens: int,
         record_routes: bool = False,
@@ -42,20 +42,20 @@ class EmbeddedEngine:
         Args:
             model: the policy.
             config: temperature and batch sizes.
-            eos: the token that ends a completion.
+            ends: the tokens that end a completion, one or more.
             pad: the token that fills up rows.
             max_tokens: completions are cut at this length.
             record_routes: whether batches hold the experts that each token was routed to (for R3, arXiv 2510.11370).
             uncharged: a context for what belongs to start-up.
         """
-        self.model, self.config, self.eos, self.pad, self.max_tokens = model, config, eos, pad, max_tokens
+        self.model, self.config, self.ends, self.pad, self.max_tokens = model, config, ends, pad, max_tokens
         self.routing = Routing(model) if record_routes else None
         self.device = model.device
         weights = SamplingWeights(model)
         self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else weights
         self.graphs: GraphDecoder | None = None
         if config.cuda_graphs and self.device.type == "cuda" and can_record(model):
-            self.graphs = GraphDecoder(weights, config.temperature, eos, pad, self.routing, uncharged)
+            self.graphs = GraphDecoder(weights, config.temperature, ends, pad, self.routing, uncharged)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, generator: torch.Generator) -> Batch:
@@ -131,7 +131,7 @@ class EmbeddedEngine:
         for step in range(self.max_tokens):
             tokens, logprobs = sample(logits[row] / self.config.temperature, noise[active, step])
             drawn.append((active, torch.full_like(active, step), tokens, logprobs))
-            alive = (tokens != self.eos).nonzero().squeeze(1)
+            alive = lives(tokens, self.ends).nonzero().squeeze(1)
             if step + 1 == self.max_tokens or not len(alive):
                 break
             if len(alive) < len(active):

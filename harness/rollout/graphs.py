@@ -5,7 +5,7 @@ all rows and columns, of which a step reads the first; sequences that have ended
 of the rows have ended and a graph of half the rows takes over.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -17,7 +17,7 @@ from harness.errors import ConfigError
 from harness.policy.attention import is_padding_free
 from harness.policy.routing import Routing, expert_layers
 from harness.rollout.cache import FixedLayer, SlotLayer
-from harness.rollout.decoding import Completions, Prompts, sample
+from harness.rollout.decoding import Completions, Prompts, lives, sample
 from harness.rollout.weights import SamplingWeights
 
 Step = Callable[[], None]
@@ -59,7 +59,7 @@ class GraphDecoder:
         self,
         forward: SamplingWeights,
         temperature: float,
-        eos: int,
+        ends: Sequence[int],
         pad: int,
         routing: Routing | None,
         uncharged: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -69,13 +69,13 @@ class GraphDecoder:
         Args:
             forward: of a model that does without padding.
             temperature: of sampling.
-            eos: the token that ends a completion.
+            ends: the tokens that end a completion, one or more.
             pad: the token that fills up rows.
             routing: watches the experts that are chosen, where they are recorded.
             uncharged: a context for recording graphs.
             recorder: makes what makes, of a step that has run, one that can be repeated.
         """
-        self.forward, self.temperature, self.eos, self.pad, self.routing = forward, temperature, eos, pad, routing
+        self.forward, self.temperature, self.ends, self.pad, self.routing = forward, temperature, ends, pad, routing
         self.uncharged, self.recorder = uncharged, recorder
         self.device = forward.model.device
         self._rows: _Rows | None = None
@@ -166,7 +166,7 @@ class GraphDecoder:
         rows.logprobs[:count].index_copy_(1, rows.step, (logprobs * alive).unsqueeze(1))
         rows.mask[:count].index_copy_(1, rows.step, alive.float().unsqueeze(1))
         rows.latest[:count].copy_(tokens)
-        alive.logical_and_(tokens != self.eos)
+        alive.logical_and_(lives(tokens, self.ends))
         rows.step.add_(1)
 
     def _drop_ended(self, rows: "_Rows", count: int, alive: int | None) -> int:

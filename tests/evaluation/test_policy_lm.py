@@ -52,6 +52,13 @@ def test_other_ways_of_decoding_are_as_asked_for(markov_policy, tokenizer, setti
     assert len(set(answers(model, tokenizer))) > 5
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_sample": False, "temperature": 0.0}])
+def test_an_answer_ends_where_the_models_generation_settings_end_it(markov_policy, tokenizer, settings):
+    model = markov_policy({"=": "#", "#": "7", "7": "+", "+": "1", "1": "1"})
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")]
+    assert answers(model, tokenizer, prompts=["="], **settings) == ["#7+"]
+
+
 def test_other_ends_of_an_answer_are_as_asked_for(markov_policy, tokenizer):
     model = markov_policy({"=": "#", "#": "7", "7": "+", "+": "1", "1": "1"})
     assert answers(model, tokenizer, prompts=["="], until=["+"]) == ["#7"]

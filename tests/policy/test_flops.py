@@ -52,7 +52,7 @@ def test_forward_and_backward_of_the_critic(countable):
 
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_rollout(countable, group_size):
-    engine = EmbeddedEngine(countable, compose().rollout, eos=-1, pad=0, max_tokens=24)  # no sequence ends early
+    engine = EmbeddedEngine(countable, compose().rollout, ends=[-1], pad=0, max_tokens=24)  # no sequence ends early
     prompts = [list(range(3, 10))] * 4
     results = []
     flops = counted(lambda: results.append(engine.generate(prompts, group_size, torch.Generator().manual_seed(0))))

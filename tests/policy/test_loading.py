@@ -8,7 +8,7 @@ import torch
 
 from harness.config import compose
 from harness.errors import ConfigError
-from harness.policy.loading import build_model, load_policy
+from harness.policy.loading import build_model, end_tokens, load_policy
 from harness.policy.tokenizer import build_tokenizer
 from tests.policy.families import build
 
@@ -65,6 +65,15 @@ def config_of(path):
 def test_a_whole_checkpoint_is_loaded(checkpoint):
     model, tokenizer = load_policy(config_of(checkpoint), "cpu")
     assert not model.training and tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [({}, (1,)), ({"eos_token_id": 1}, (1,)), ({"eos_token_id": 5}, (1, 5)), ({"eos_token_id": [4, 1, 6]}, (1, 4, 6))],
+)
+def test_completions_end_by_the_tokenizer_and_the_generation_settings(checkpoint, named, ends):
+    (checkpoint / "generation_config.json").write_text(json.dumps(named))
+    assert end_tokens(*load_policy(config_of(checkpoint), "cpu")) == ends
 
 
 def test_generation_settings_that_contradict_each_other_do_not_keep_a_policy_from_being_saved(checkpoint, tmp_path):

@@ -34,8 +34,8 @@ def model(request):
     return network
 
 
-def generate(model, prompts=PROMPTS, group_size=2, seed=0, max_tokens=16, **changes):
-    engine = EmbeddedEngine(model, replace(ROLLOUT, **changes), EOS, PAD, max_tokens)
+def generate(model, prompts=PROMPTS, group_size=2, seed=0, max_tokens=16, ends=(EOS,), **changes):
+    engine = EmbeddedEngine(model, replace(ROLLOUT, **changes), ends, PAD, max_tokens)
     return engine.generate(prompts, group_size, torch.Generator().manual_seed(seed))
 
 
@@ -58,6 +58,14 @@ def test_equals_sampling_one_by_one_without_a_cache(model):
         assert completion[-1] == EOS or len(completion) == 16
         assert EOS not in completion[:-1]
     assert len({len(completion) for completion in rows(batch)}) > 2
+
+
+def test_any_of_several_tokens_ends_a_completion(model):
+    one, three = (generate(model, ends=ends) for ends in ((EOS,), (EOS, 7, 9)))
+    for before, after in zip(rows(one), rows(three), strict=True):
+        end = next((place for place, token in enumerate(before) if token in (EOS, 7, 9)), len(before))
+        assert after == before[: end + 1]
+    assert three.mask.sum() < one.mask.sum()
 
 
 @torch.no_grad()

@@ -108,15 +108,15 @@ def ending(network):
     return network
 
 
-def engines(model, record_routes=False, **changes):
+def engines(model, record_routes=False, ends=(EOS,), **changes):
     """The eager engine, and one that repeats recorded steps, with its recorder."""
     config = replace(compose().rollout, **changes)
-    eager, recorded = (EmbeddedEngine(model, config, EOS, PAD, MOST, record_routes) for _ in range(2))
+    eager, recorded = (EmbeddedEngine(model, config, ends, PAD, MOST, record_routes) for _ in range(2))
     recorder = Recorder()
     for engine in (eager, recorded):  # as on a GPU
         engine.policy = SamplingWeights(model)
     forward, routing = recorded.policy, recorded.routing
-    recorded.graphs = GraphDecoder(forward, config.temperature, EOS, PAD, routing, recorder=recorder.begin)
+    recorded.graphs = GraphDecoder(forward, config.temperature, ends, PAD, routing, recorder=recorder.begin)
     recorder.decoder = recorded.graphs
     return eager, recorded, recorder
 
@@ -142,6 +142,11 @@ def test_recorded_steps_sample_what_the_eager_engine_samples(model, decode_seque
     sizes = set(recorded.graphs._steps)
     assert len({rows for rows, _ in sizes}) > 1 and len({columns for _, columns in sizes}) > 1
     assert len(recorder.recorded) == len(sizes)  # each once
+
+
+def test_several_tokens_end_completions_in_recorded_steps_too(model):
+    eager, recorded, _ = engines(model, ends=(EOS, 7, 9))
+    assert_same(sampled(recorded), sampled(eager))
 
 
 def test_longer_prompts_and_more_rows_than_before_find_room(model):

@@ -34,7 +34,7 @@ def moe():
 
 def generate(model, decode_sequences=64, record_routes=True, prompts=PROMPTS):
     config = replace(compose().rollout, decode_sequences=decode_sequences)
-    engine = EmbeddedEngine(model, config, EOS, PAD, MOST, record_routes=record_routes)
+    engine = EmbeddedEngine(model, config, (EOS,), PAD, MOST, record_routes=record_routes)
     return engine.generate(prompts, 2, torch.Generator().manual_seed(0))
 
 

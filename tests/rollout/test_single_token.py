@@ -38,7 +38,7 @@ def prepared(model):
 
 
 def assert_equal_to_the_models_own(model):
-    engine = EmbeddedEngine(model, compose().rollout, EOS, PAD, 12)
+    engine = EmbeddedEngine(model, compose().rollout, (EOS,), PAD, 12)
     assert isinstance(engine.policy, SingleTokenDecoder)
     given = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     engine.policy = SamplingWeights(model)
@@ -75,7 +75,7 @@ def test_other_dense_families_are_left_to_transformers(family):
 
 def test_weights_that_have_changed_are_the_ones_that_sample():
     model = prepared(fresh("tiny_dense"))
-    engine = EmbeddedEngine(model, compose().rollout, EOS, PAD, 12)
+    engine = EmbeddedEngine(model, compose().rollout, (EOS,), PAD, 12)
     before = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for layer in model.model.layers:
