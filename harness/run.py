@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def multirun_first(arguments: list[str]) -> list[str]:
-    """The command's arguments with -m before the overrides: Hydra takes no overrides behind an option behind others."""
+    """The command's arguments with -m before the overrides, which Hydra's parser wants in one piece."""
     return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
 
 

@@ -20,8 +20,8 @@ def set_up_environment(threads: int) -> None:
 def set_up_torch(threads: int) -> None:
     """Threads, and on the CPU numbers that are the same every time.
 
-    On a GPU attention's gradients are not: kernels that are would be asked for by an error wherever another operation
-    has none.
+    On a GPU attention's gradients are not. Torch has kernels for it that are, and takes them only where every operation
+    without one is an error.
     """
     import torch
     from transformers.utils.logging import disable_progress_bar

@@ -119,7 +119,7 @@ find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
     lambda name, *rest: None if name.partition(".")[0] in {absent} else find(name, *rest)
 )
-from harness.benchmark.__main__ import TABLES, main
+from harness.benchmark.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 ABSENT = {
