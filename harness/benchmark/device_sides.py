@@ -18,11 +18,8 @@ from harness.benchmark.sizes import NO_TOKEN
 from harness.budget import Meter
 from harness.config import BudgetConfig, RunConfig
 from harness.judging import Judge
-from harness.policy.attention import PADDING_FREE
-from harness.policy.experts import follow_autocast
 from harness.policy.flops import BACKWARD, policy_cost
-from harness.policy.loading import autocast
-from harness.policy.normalization import fuse_normalization
+from harness.policy.loading import autocast, prepare_layers
 from harness.reward import Rewards
 from harness.rollout.batch import Batch
 from harness.rollout.embedded import EmbeddedEngine
@@ -61,9 +58,7 @@ class OurPhases:
 
     def __init__(self, model: PreTrainedModel, shape: Shape, device: str) -> None:
         self.shape, self.device = shape, device
-        model.set_attn_implementation(PADDING_FREE)  # as loading a policy finds out that it can
-        fuse_normalization(model)
-        follow_autocast(model)
+        prepare_layers(model, device)
         self.config, self.cost = shape_config(shape), policy_cost(model)
         self.prompts = random_prompts(shape, model)
         self.engine = EmbeddedEngine(model, self.config.rollout, (NO_TOKEN,), 0, shape.completion)

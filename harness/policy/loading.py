@@ -82,11 +82,11 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
         use_onednn(model)
     fuse_normalization(model)
     drop_padding(model)
+    join_projections(model, feed_forward=device == "cuda")
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)
     else:
-        join_projections(model)
         use_closed_form(model)
 
 

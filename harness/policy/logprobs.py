@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from harness.policy.fusion import fused
 from harness.policy.loading import autocast, decoder
 from harness.policy.packing import Packing
 from harness.policy.products import product
@@ -104,16 +105,10 @@ class _Recomputed(torch.autograd.Function):
         moment = torch.zeros_like(largest)  # of exp(x - m) (x - m)
         chosen = torch.zeros_like(largest)  # the token's x
         for block in _blocks(states, weight):
-            logits = _logits(states, weight, bias, block).float().div_(temperature)
-            index, inside = _locate(tokens, block)
-            chosen = torch.where(inside, logits.gather(1, index).squeeze(1), chosen)
-            previous, largest = largest, torch.maximum(largest, logits.amax(1))
-            shift = previous - largest
-            logits.sub_(largest.unsqueeze(1))
-            exponentials = logits.exp()
-            moment = (moment + total * shift) * shift.exp() + torch.linalg.vecdot(exponentials, logits)
-            total = total * shift.exp() + exponentials.sum(1)
-            del logits, exponentials  # before the next block's are made
+            logits = _logits(states, weight, bias, block)
+            sums = (largest, total, moment, chosen)
+            largest, total, moment, chosen = _ADD[states.device.type](logits, *_locate(tokens, block), *sums, temperature)
+            del logits  # before the next block's are made
         logprobs = chosen - largest - total.log()
         entropy = total.log() - moment / total
         if not entropy_gradient:
@@ -134,21 +129,13 @@ class _Recomputed(torch.autograd.Function):
         by_entropy = grad_entropy.unsqueeze(1) / ctx.temperature
         for block in _blocks(states, weight):
             logits = _logits(states, weight, bias, block)
-            dtype = logits.dtype
-            gradient = logits.float().div_(ctx.temperature).sub_(normalizer.unsqueeze(1))
-            del logits
-            # d logprob_t / d x_j = [j = t] - p_j and d entropy / d x_j = -p_j (log p_j + entropy)
-            if ctx.entropy_gradient:
-                probabilities = gradient.exp()
-                gradient.add_(entropy.unsqueeze(1)).mul_(-by_entropy).sub_(by_logprob).mul_(probabilities)
-                del probabilities
-            else:
-                gradient.exp_().mul_(-by_logprob)
             index, inside = _locate(tokens, block)
-            gradient.scatter_add_(1, index, by_logprob * inside.unsqueeze(1))
+            gradient = _DIFFERENTIATE[states.device.type](
+                logits, index, inside, normalizer, by_logprob, entropy, by_entropy, ctx.temperature, ctx.entropy_gradient
+            )
+            del logits
             if grad_bias is not None:
-                grad_bias[block] = gradient.sum(0)
-            gradient = gradient.to(dtype)
+                grad_bias[block] = gradient.sum(0, dtype=torch.float32)
             with autocast(states.device):
                 if grad_weight is not None:
                     grad_weight[block] = product(gradient.T, states.T)
@@ -156,6 +143,104 @@ class _Recomputed(torch.autograd.Function):
                     grad_states += product(gradient, weight[block].T)
             del gradient
         return grad_states, grad_weight, grad_bias, None, None, None  # autograd casts them to their tensors' types
+
+
+def _add_block(
+    logits: Tensor,
+    index: Tensor,
+    inside: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    chosen: Tensor,
+    temperature: float,
+) -> tuple[Tensor, ...]:
+    """The sums [N] over the vocabulary's blocks, with one more block of logits [N, V']."""
+    logits = logits.float().div_(temperature)
+    chosen = torch.where(inside, logits.gather(1, index).squeeze(1), chosen)
+    previous, largest = largest, torch.maximum(largest, logits.amax(1))
+    shift = previous - largest
+    logits.sub_(largest.unsqueeze(1))
+    exponentials = logits.exp()
+    moment = (moment + total * shift) * shift.exp() + torch.linalg.vecdot(exponentials, logits)
+    total = total * shift.exp() + exponentials.sum(1)
+    return largest, total, moment, chosen
+
+
+@fused(rows=7)
+def _add_block_fused(
+    logits: Tensor,
+    index: Tensor,
+    inside: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    chosen: Tensor,
+    temperature: float,
+) -> tuple[Tensor, ...]:
+    """As above, without in-between results in memory."""
+    chosen = torch.where(inside, logits.gather(1, index).squeeze(1).float() / temperature, chosen)
+    logits = logits.float() / temperature
+    previous, largest = largest, torch.maximum(largest, logits.amax(1))
+    shift = previous - largest
+    below = logits - largest.unsqueeze(1)
+    exponentials = below.exp()
+    moment = (moment + total * shift) * shift.exp() + (exponentials * below).sum(1)
+    total = total * shift.exp() + exponentials.sum(1)
+    return largest, total, moment, chosen
+
+
+def _differentiate_block(
+    logits: Tensor,
+    index: Tensor,
+    inside: Tensor,
+    normalizer: Tensor,
+    by_logprob: Tensor,
+    entropy: Tensor,
+    by_entropy: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+) -> Tensor:
+    """The gradient [N, V'] of a block's logits.
+
+    d logprob_t / d x_j = [j = t] - p_j and d entropy / d x_j = -p_j (log p_j + entropy).
+    """
+    gradient = logits.float().div_(temperature).sub_(normalizer.unsqueeze(1))
+    if entropy_gradient:
+        probabilities = gradient.exp()
+        gradient.add_(entropy.unsqueeze(1)).mul_(-by_entropy).sub_(by_logprob).mul_(probabilities)
+        del probabilities
+    else:
+        gradient.exp_().mul_(-by_logprob)
+    gradient.scatter_add_(1, index, by_logprob * inside.unsqueeze(1))
+    return gradient.to(logits.dtype)
+
+
+@fused(rows=7)
+def _differentiate_block_fused(
+    logits: Tensor,
+    index: Tensor,
+    inside: Tensor,
+    normalizer: Tensor,
+    by_logprob: Tensor,
+    entropy: Tensor,
+    by_entropy: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+) -> Tensor:
+    """As above, without in-between results in memory."""
+    log_probabilities = logits.float() / temperature - normalizer.unsqueeze(1)
+    gradient = -by_logprob
+    if entropy_gradient:
+        gradient = gradient - by_entropy * (log_probabilities + entropy.unsqueeze(1))
+    gradient = gradient * log_probabilities.exp()
+    here = (torch.arange(logits.shape[1], device=logits.device) == index) & inside.unsqueeze(1)
+    return torch.where(here, gradient + by_logprob, gradient).to(logits.dtype)
+
+
+# By device. A CPU works in place, since memory that is new is slow there.
+_ADD = {"cpu": _add_block, "cuda": _add_block_fused}
+_DIFFERENTIATE = {"cpu": _differentiate_block, "cuda": _differentiate_block_fused}
 
 
 def _blocks(states: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -1,7 +1,6 @@
 """Root-mean-square normalisation in few operations; transformers' own models take eight, and as many gradients.
 
-On a GPU it is one kernel in either direction. A CPU has none, but few operations, and gradients in closed form, which
-read what they need once.
+Gradients are in closed form. On a GPU under autocast either direction is compiled, and gives what matrix products take.
 """
 
 import inspect
@@ -12,9 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from harness.policy.fusion import fused
+
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalization (arXiv 1910.07467, equation 4), in the precision of its weight."""
+    """Root mean square layer normalization (arXiv 1910.07467, equation 4), in the precision of its weight.
+
+    Under autocast on a GPU what it gives is rounded to autocast's precision.
+    """
 
     def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
         """
@@ -29,12 +33,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D], each vector over its root mean square, times the gain."""
+        if _follows_autocast(states):
+            rows = states.reshape(-1, states.shape[-1])
+            given = (rows, self.weight, self.constant, torch.get_autocast_dtype("cuda"))
+            normalized = _FusedRMSNorm.apply(*given) if torch.is_grad_enabled() else _normalize(*given)
+            return normalized.view(states.shape)
         states = states.to(self.weight.dtype)  # torch has no kernel for two precisions
         if states.device.type != "cpu":
             return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(states, self.weight, self.constant)
         return (states * inverse_rms(states, self.constant)).mul_(self.weight)
+
+    def of_sum(self, states: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """``states + update`` [..., D], and the same normalised; for use without gradients."""
+        if not _follows_autocast(states):
+            states = states + update
+            return states, self(states)
+        dtype, (rows, others) = torch.get_autocast_dtype("cuda"), (each.flatten(0, -2) for each in (states, update))
+        summed, normalized = _normalize_sum(rows, others, self.weight, self.constant, dtype)
+        return summed.view(states.shape), normalized.view(states.shape)
+
+
+def _follows_autocast(states: Tensor) -> bool:
+    return states.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def inverse_rms(states: Tensor, epsilon: Tensor) -> Tensor:
@@ -60,6 +82,49 @@ class _RMSNorm(torch.autograd.Function):
         along = torch.mv(product, weight).div_(len(weight)).view(scale.shape)
         of_states = torch.addcmul(gradient * weight, normalized, along, value=-1).mul_(scale)
         return of_states, product.sum(0), None
+
+
+@fused(rows=1)
+def _normalize(states: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] from [N, D]."""
+    states = states.float()
+    return (states * _inverse_rms(states, epsilon) * weight).to(dtype)
+
+
+@fused(rows=2)
+def _normalize_sum(
+    states: Tensor, update: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum [N, D], and what is given of it [N, D]."""
+    states = states + update
+    return states, (states.float() * _inverse_rms(states.float(), epsilon) * weight).to(dtype)
+
+
+@fused(rows=2)
+def _normalize_backward(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the states [N, D] and of the gain [D]."""
+    dtype, gradient, states = states.dtype, gradient.float(), states.float()
+    scale = _inverse_rms(states, epsilon)
+    normalized = states * scale
+    product = gradient * normalized
+    along = (product * weight).mean(-1, keepdim=True)
+    return ((gradient * weight - normalized * along) * scale).to(dtype), product.sum(0)
+
+
+def _inverse_rms(states: Tensor, epsilon: Tensor) -> Tensor:
+    return (states.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(states, weight, epsilon)
+        return _normalize(states, weight, epsilon, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_normalize_backward(gradient, *ctx.saved_tensors), None, None
 
 
 @torch.no_grad()

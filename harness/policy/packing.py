@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE, is_padding_free
+from harness.policy.fusion import compiles
 from harness.policy.products import MULTIPLE
 from harness.rollout.batch import Batch, join, send
 
@@ -175,8 +176,13 @@ class _InRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        layout = ctx.layout
-        summed = functional.embedding_bag(layout.copies, gradient.flatten(1), layout.starts, mode="sum")
+        layout, rows = ctx.layout, gradient.flatten(1)
+        if rows.is_cuda and compiles():
+            from harness.policy.kernels import sum_of_rows
+
+            summed = sum_of_rows(rows, layout.copies, layout.starts)
+        else:
+            summed = functional.embedding_bag(layout.copies, rows, layout.starts, mode="sum")
         return summed.view(-1, *gradient.shape[1:]), None
 
 

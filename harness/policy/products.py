@@ -91,7 +91,7 @@ class _Linear(torch.autograd.Function):
 
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
     """[M, N] from [K, M] and [K, N], by the library that is faster. No gradients."""
-    if not favours_onednn() or left.dtype != torch.float32:
+    if left.device.type != "cpu" or left.dtype != torch.float32 or not favours_onednn():
         return left.t() @ right
     # The left one is copied, and the smaller one is the faster to copy.
     if left.shape[1] <= right.shape[1]:

@@ -1,7 +1,8 @@
-"""Queries, keys and values of an attention layer as one product, on a CPU.
+"""Products of the same states as one: queries, keys and values, or a feed-forward layer's gate and what it gates.
 
 transformers' layers make three products, normalise queries and keys one after the other, and rotate them likewise. Here
-they stay in one tensor for as long as the same is done to them, with gradients in closed form.
+they stay in one tensor for as long as the same is done to them, with gradients in closed form. On a GPU under autocast
+what is done to them is compiled.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.attention import causal_attention, is_padding_free, padding_free_attention
+from harness.policy.fusion import fused
 from harness.policy.normalization import RMSNorm, inverse_rms
 from harness.policy.packing import Packing, packed_states
 from harness.policy.products import product, sum_of_outer_products
@@ -84,16 +87,22 @@ class JointAttention(nn.Module):
 
     def joint(self) -> Joint:
         """What is computed from the weights alone; it stays the same until they change."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([projection.weight for projection in projections])
+        return Joint(stacked([projection.weight for projection in self.projections()]), *self.beside())
+
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """Those whose products are one."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def beside(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What :class:`Joint` holds beside the weight."""
         bias, gain, epsilon = None, None, None
         if self.q_proj.bias is not None:
-            bias = torch.cat([projection.bias for projection in projections])
+            bias = torch.cat([projection.bias for projection in self.projections()])
         if self.normalizes:
             gains = zip((self.q_norm, self.k_norm), self.sizes, strict=False)
             gain = torch.cat([norm.weight.expand(heads, -1) for norm, heads in gains])
             epsilon = self.q_norm.constant
-        return Joint(weight, bias, gain, epsilon)
+        return bias, gain, epsilon
 
     def attend(
         self,
@@ -116,8 +125,12 @@ class JointAttention(nn.Module):
             packing: where tokens of a pass without padding belong.
             settings: for transformers' attention functions.
         """
-        arguments = (hidden, *joint, *rotation, self.sizes[0] + self.sizes[1])
-        states = _Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]
+        rotated = self.sizes[0] + self.sizes[1]
+        if _follows_autocast(hidden):
+            states = _turned(hidden, joint, rotation, rotated)
+        else:
+            arguments = (hidden, *joint, *rotation, rotated)
+            states = _Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]
         if packing is not None:
             query, key, value = self._split(packing.in_rows(states[0]))
             rows = causal_attention(query, key, value, self.scaling).transpose(1, 2)
@@ -201,19 +214,188 @@ class _Projections(torch.autograd.Function):
         return product(of_states, weight.t()), of_weight, of_bias, of_gain, None, None, None, None
 
 
+class GatedFeedForward(nn.Module):
+    """A SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Takes over the parts of ``layer``, under their names.
+
+        Raises:
+            AttributeError, ValueError: if it has others.
+        """
+        super().__init__()
+        given: Any = layer
+        self.gate_proj, self.up_proj, self.down_proj = given.gate_proj, given.up_proj, given.down_proj
+        if len(list(given.parameters())) != 3:
+            raise ValueError("it has biases, or other parameters")
+        probe = torch.linspace(-1e3, 1e3, 16)
+        if not torch.allclose(given.act_fn(probe), silu(probe)):
+            raise ValueError("its gate is another function")
+
+    def joint(self) -> Tensor:
+        """[2 x I, H] the weights of the gate, then of what it gates."""
+        return stacked([projection.weight for projection in self.projections()])
+
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """Those whose products are one."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., H] from [..., H]."""
+        return self.feed(states, self.joint())
+
+    def feed(self, states: Tensor, joint: Tensor) -> Tensor:
+        """[..., H] from [..., H], by what :meth:`joint` gave."""
+        both = linear(states, joint)
+        rows = both.flatten(0, -2)
+        gated = _Gated.apply(rows) if torch.is_grad_enabled() else _gate(rows)
+        return self.down_proj(gated.view(*both.shape[:-1], -1))
+
+
+@fused(rows=1)
+def _gate(both: Tensor) -> Tensor:
+    """[N, I] from [N, 2 x I]."""
+    gate, up = both.float().chunk(2, -1)
+    return (silu(gate) * up).to(both.dtype)
+
+
+@fused(rows=2)
+def _gate_backward(gradient: Tensor, both: Tensor) -> Tensor:
+    """[N, 2 x I]."""
+    gradient, (gate, up) = gradient.float(), both.float().chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    of_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([of_gate, gradient * gate * sigmoid], -1).to(both.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        return _gate(both)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _gate_backward(gradient, *ctx.saved_tensors)
+
+
+def _follows_autocast(states: Tensor) -> bool:
+    return states.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+def stacked(weights: list[Tensor]) -> Tensor:
+    """[sum of rows, H] from weights [rows, H], in autocast's precision where it is on."""
+    if _follows_autocast(weights[0]):
+        return _Stacked.apply(torch.get_autocast_dtype("cuda"), *weights)
+    return torch.cat(weights)
+
+
+class _Stacked(torch.autograd.Function):
+    """Copied and rounded at once."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        ctx.dtypes, ctx.sizes = [weight.dtype for weight in weights], list(map(len, weights))
+        result = weights[0].new_empty(sum(ctx.sizes), *weights[0].shape[1:], dtype=dtype)
+        for part, weight in zip(result.split(ctx.sizes), weights, strict=True):
+            part.copy_(weight)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(gradient.split(ctx.sizes), ctx.dtypes, strict=True)
+        return None, *(part.to(dtype) for part, dtype in parts)
+
+
+def _turned(hidden: Tensor, joint: Joint, rotation: Rotation, rotated: int) -> Tensor:
+    """States [B, L, heads, D], of which the first are normalised and rotated, in autocast's precision."""
+    cos, sin = (part.expand(*hidden.shape[:2], -1, -1).flatten(0, 1) for part in rotation)
+    states = linear(hidden, joint.weight, joint.bias).flatten(0, 1).unflatten(-1, (-1, cos.shape[-1]))
+    arguments = (states, cos, sin, joint.gain, joint.epsilon, rotated)
+    turned = _Turned.apply(*arguments) if torch.is_grad_enabled() else _turn(*arguments)
+    return turned.view(*hidden.shape[:2], *turned.shape[1:])
+
+
+@fused(rows=3)
+def _turn(
+    states: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, epsilon: Tensor | None, rotated: int
+) -> Tensor:
+    """[N, heads, D] from [N, heads, D] and cosines and sines [N, 1, D]."""
+    turned = states[:, :rotated].float()
+    if gain is not None and epsilon is not None:
+        turned = turned * (turned.square().mean(-1, keepdim=True) + epsilon).rsqrt() * gain
+    turned = turned * cos + turned.roll(cos.shape[-1] // 2, -1) * sin
+    return torch.cat([turned.to(states.dtype), states[:, rotated:]], 1)
+
+
+@fused(rows=4)
+def _turn_backward(
+    gradient: Tensor,
+    states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor | None,
+    epsilon: Tensor | None,
+    rotated: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the states [N, heads, D] and of the gain [rotated, D]."""
+    turned, given = states[:, :rotated].float(), gradient[:, :rotated].float()
+    of_turned = given * cos + (given * sin).roll(cos.shape[-1] // 2, -1)
+    of_gain = None
+    if gain is not None and epsilon is not None:
+        scale = (turned.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        direction = turned * scale
+        along = of_turned * direction
+        of_gain = along.sum(0)
+        # Along the vector itself nothing passes, since its length is divided out.
+        of_turned = (of_turned * gain - direction * (along * gain).mean(-1, keepdim=True)) * scale
+    return torch.cat([of_turned.to(states.dtype), gradient[:, rotated:].to(states.dtype)], 1), of_gain
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, *others: Any) -> Tensor:
+        gain, epsilon, ctx.rotated = others
+        ctx.save_for_backward(states, cos, sin, gain, epsilon)
+        return _turn(states, cos, sin, *others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_states, of_gain = _turn_backward(gradient, *ctx.saved_tensors, ctx.rotated)
+        return of_states, None, None, of_gain, None, None
+
+
 @torch.no_grad()
-def join_projections(model: PreTrainedModel) -> None:
+def join_projections(model: PreTrainedModel, feed_forward: bool = False) -> None:
     """Put :class:`JointAttention` in the place of the attention layers of a model that does without padding.
 
     It must give what they gave, which is tried.
+
+    Args:
+        model: the model.
+        feed_forward: whether to put :class:`GatedFeedForward` in the place of its feed-forward layers, too.
     """
     if not is_padding_free(model):
         return
-    layers = {name: module for name, module in model.named_modules() if name.endswith(".self_attn")}
+    _replace(model, {name: JointAttention for name, _ in model.named_modules() if name.endswith(".self_attn")})
+    if feed_forward:
+        _replace(model, {name: GatedFeedForward for name, layer in model.named_modules() if _is_gated(name, layer)})
+
+
+def _is_gated(name: str, layer: nn.Module) -> bool:
+    return name.endswith(".mlp") and {child for child, _ in layer.named_children()} >= {"gate_proj", "up_proj"}
+
+
+def _replace(model: PreTrainedModel, kinds: dict[str, type[nn.Module]]) -> None:
+    """Put modules in the place of those that have these names, if the model then gives what it gave."""
     before = packed_states(model)
+    layers = {name: model.get_submodule(name) for name in kinds}
     try:
-        for name, layer in layers.items():
-            model.set_submodule(name, JointAttention(layer))
+        for name, kind in kinds.items():
+            model.set_submodule(name, kind(layers[name]))
         same = torch.allclose(packed_states(model), before, rtol=1e-3, atol=1e-3)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # layers of other parts
         same = False

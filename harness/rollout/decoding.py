@@ -5,7 +5,12 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache
+
+from harness.policy.fusion import fused
+
+_BLOCK = 512  # of the vocabulary
 
 
 @dataclass
@@ -15,7 +20,7 @@ class Prompts:
     cache: Cache  # their keys and values
     present: Tensor  # [P, W] bool, where a token is
     lengths: Tensor  # [P] int
-    logits: Tensor  # [P, V] float32, of the first token that follows
+    logits: Tensor  # [P, V], of the first token that follows
     routes: Tensor | None  # [P, W + T - 1, layers, k] where asked for: experts of each token, and room for later ones
 
 
@@ -57,10 +62,29 @@ def each_sees_one(present: Tensor) -> Tensor:
     return (present[:, None, None] & causal) | torch.eye(width, dtype=torch.bool, device=device)
 
 
-def sample(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens [n] by the inverse of the distribution function at ``noise`` [n], and their log-probabilities [n]."""
-    logprobs = logits.log_softmax(-1)
+    if logits.is_cuda:
+        return _sample_by_blocks(logits, noise, temperature)
+    logprobs = (logits.float() / temperature).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     threshold = noise.unsqueeze(1) * cumulative[:, -1:]
     tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+@fused(rows=2)
+def _sample_by_blocks(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As above: first a block of the vocabulary, then a token in it. A GPU adds up few long rows slowly."""
+    logits = logits.float() / temperature
+    blocks = functional.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf).unflatten(1, (-1, _BLOCK))
+    largest = blocks.amax((1, 2))
+    cumulative = (blocks - largest[:, None, None]).double().exp().sum(2).cumsum(1)
+    threshold = noise.unsqueeze(1) * cumulative[:, -1:]
+    block = (cumulative <= threshold).sum(1, keepdim=True).clamp(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, _BLOCK)).squeeze(1) - largest.unsqueeze(1)
+    place = ((inside.double().exp().cumsum(1) + before) <= threshold).sum(1, keepdim=True).clamp(max=_BLOCK - 1)
+    tokens = (block * _BLOCK + place).clamp(max=logits.shape[1] - 1)
+    chosen = logits.gather(1, tokens).squeeze(1) - largest
+    return tokens.squeeze(1), chosen - cumulative[:, -1].log().float()

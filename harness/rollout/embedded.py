@@ -51,11 +51,10 @@ class EmbeddedEngine:
         self.model, self.config, self.ends, self.pad, self.max_tokens = model, config, ends, pad, max_tokens
         self.routing = Routing(model) if record_routes else None
         self.device = model.device
-        weights = SamplingWeights(model)
-        self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else weights
+        self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else SamplingWeights(model)
         self.graphs: GraphDecoder | None = None
         if config.cuda_graphs and self.device.type == "cuda" and can_record(model):
-            self.graphs = GraphDecoder(weights, config.temperature, ends, pad, self.routing, uncharged)
+            self.graphs = GraphDecoder(self.policy, config.temperature, ends, pad, self.routing, uncharged)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, generator: torch.Generator) -> Batch:
@@ -129,7 +128,7 @@ class EmbeddedEngine:
         row = active // group_size
         drawn: list[tuple[Tensor, ...]] = []
         for step in range(self.max_tokens):
-            tokens, logprobs = sample(logits[row] / self.config.temperature, noise[active, step])
+            tokens, logprobs = sample(logits[row], noise[active, step], self.config.temperature)
             drawn.append((active, torch.full_like(active, step), tokens, logprobs))
             alive = lives(tokens, self.ends).nonzero().squeeze(1)
             if step + 1 == self.max_tokens or not len(alive):
@@ -164,7 +163,7 @@ class EmbeddedEngine:
         return routes
 
     def _forward(self, input_ids: Tensor, attention: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """Float32 logits [n, V] of each row's next token."""
+        """Logits [n, V] of each row's next token."""
         return self.policy(
             input_ids=input_ids,
             attention_mask=attention,

@@ -22,7 +22,7 @@ from harness.rollout.weights import SamplingWeights
 
 Step = Callable[[], None]
 
-_COLUMNS = 256  # graphs read keys up to a multiple of it: what is read in vain, against how many graphs there are
+_COLUMNS = 64  # graphs read keys up to a multiple of it: what is read in vain, against how many graphs there are
 _ROWS = 8  # fewer rows are not decoded any faster
 _LOOK = 16  # steps between two looks at how many sequences live
 
@@ -160,7 +160,7 @@ class GraphDecoder:
     def _record(self, rows: "_Rows", count: int, logits: Tensor) -> None:
         """Draw the next token of the first ``count`` rows, and keep those of sequences that live."""
         noise = rows.noise[:count].index_select(1, rows.step).squeeze(1)
-        tokens, logprobs = sample(logits / self.temperature, noise)
+        tokens, logprobs = sample(logits, noise, self.temperature)
         alive = rows.alive[:count]
         rows.tokens[:count].index_copy_(1, rows.step, tokens.where(alive, self.pad).unsqueeze(1))
         rows.logprobs[:count].index_copy_(1, rows.step, (logprobs * alive).unsqueeze(1))

@@ -1,19 +1,23 @@
-"""A decoded token's way through a model on a CPU, without what it costs to call transformers' modules.
+"""A decoded token's way through a model, without what it costs to call transformers' modules.
 
-With a few sequences the calls take longer than the arithmetic. So what most models share is gone through here, and what
-they differ in is left to their modules: embeddings, attention, feed-forward layers or experts, normalisation.
+With a few sequences the calls, or on a GPU the small kernels, take longer than the arithmetic. So what most models
+share is gone through here, and what they differ in is left to their modules: embeddings, attention, feed-forward layers
+or experts, normalisation.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.attention import decoding_mask
 from harness.policy.loading import decoder
-from harness.policy.projections import Joint, JointAttention, half_turned
+from harness.policy.normalization import RMSNorm
+from harness.policy.projections import GatedFeedForward, Joint, JointAttention, half_turned
 from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import each_sees_one
 from harness.rollout.weights import SamplingWeights
@@ -25,11 +29,35 @@ _SUITED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 class SingleTokenDecoder(SamplingWeights):
     """The policy as rollouts see it, where :meth:`suits` says that this gives the same."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._joint: list[_Joint] = []
+
     def refresh(self) -> None:
         """Take over the policy's weights as they are now."""
         super().refresh()
-        network: Any = decoder(self.model)
-        self.joint: list[Joint] = [layer.self_attn.joint() for layer in network.layers]
+        if not self.copies:
+            self._joint = [_Joint.of(layer) for layer in self._layers()]
+            return
+        for layer, held in zip(self._layers(), self._joint, strict=True):
+            for kept, now in zip(held.attention[1:], layer.self_attn.beside(), strict=True):
+                if kept is not None:
+                    kept.copy_(now)
+
+    def _layers(self) -> Any:
+        return decoder(self.model).layers
+
+    def _room(self, masters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies that are multiplied at once are parts of one tensor, which stays where CUDA graphs read it."""
+        room, names = super()._room(masters, dtype), {id(master): name for name, master in masters.items()}
+        self._joint = [_Joint.of(layer) for layer in self._layers()]
+        for layer, joint in zip(self._layers(), self._joint, strict=True):
+            for module, whole in ((layer.self_attn, joint.attention.weight), (layer.mlp, joint.gated)):
+                if whole is not None:
+                    weights = [projection.weight for projection in module.projections()]
+                    parts = whole.split(list(map(len, weights)))
+                    room |= {names[id(weight)]: part for weight, part in zip(weights, parts, strict=True)}
+        return room
 
     @classmethod
     def suits(cls, model: PreTrainedModel) -> bool:
@@ -49,30 +77,66 @@ class SingleTokenDecoder(SamplingWeights):
             return False
 
     def __call__(self, **inputs: Any) -> Tensor:
-        """Float32 logits [n, V] of each row's next token."""
-        if inputs["input_ids"].shape[1] > 1:
-            return super().__call__(**inputs)
+        """Logits [n, V] of each row's next token."""
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-        return self._decode(*(inputs[name] for name in names))
+        arguments = tuple(inputs[name] for name in names)
+        if self.copies:
+            copies = {f"model.{name}": copy for name, copy in self.copies.items()}
+            return functional_call(_Step(self.model, self._decode), copies, arguments, tie_weights=False)
+        return self._decode(*arguments) if inputs["input_ids"].shape[1] == 1 else super().__call__(**inputs)
 
-    def _decode(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Float32 logits [n, V] after tokens [n, 1] at positions [n, 1], which see what the mask says."""
+    def _decode(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits [n, V] after the last of tokens [n, W] at positions [n, W], which see what the mask says."""
         network: Any = decoder(self.model)
         states = network.embed_tokens(tokens)
         rotation = half_turned(*network.rotary_emb(states, positions))
-        for layer, joint in zip(network.layers, self.joint, strict=True):
-            normalized = layer.input_layernorm(states)
-            states = states + layer.self_attn.attend(normalized, joint, rotation, mask, cache)
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
-        return self.model.get_output_embeddings()(network.norm(states))[:, -1].float()
+        normalized = network.layers[0].input_layernorm(states)
+        followers = [*(layer.input_layernorm for layer in network.layers[1:]), network.norm]
+        for layer, joint, follower in zip(network.layers, self._joint, followers, strict=True):
+            update = layer.self_attn.attend(normalized, joint.attention, rotation, mask, cache)
+            states, normalized = _add(states, update, layer.post_attention_layernorm)
+            update = layer.mlp(normalized) if joint.gated is None else layer.mlp.feed(normalized, joint.gated)
+            states, normalized = _add(states, update, follower)
+        return self.model.get_output_embeddings()(normalized[:, -1])
+
+
+def _add(states: Tensor, update: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sum, and the same normalised."""
+    if isinstance(norm, RMSNorm):
+        return norm.of_sum(states, update)
+    states = states + update
+    return states, norm(states)
+
+
+class _Joint(NamedTuple):
+    """What is computed from a layer's weights alone."""
+
+    attention: Joint
+    gated: Tensor | None  # of a feed-forward layer with a gate, where that is one product
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Joint":
+        gated = layer.mlp.joint() if isinstance(layer.mlp, GatedFeedForward) else None
+        return cls(layer.self_attn.joint(), gated)
+
+
+class _Step(nn.Module):
+    """The call of a function that goes through a model, as a module, whose weights can be exchanged for the time."""
+
+    def __init__(self, model: PreTrainedModel, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.step(*arguments)
 
 
 def _probe(policy: SamplingWeights) -> Tensor:
     """Logits [2, V] after two prompts of different length and two more tokens."""
     policy.refresh()
-    config = policy.model.config
-    tokens = torch.arange(10).remainder(config.get_text_config().vocab_size).view(2, 5)
-    present = torch.ones(2, 5, dtype=torch.bool)
+    config, device = policy.model.config, policy.model.device
+    tokens = torch.arange(10, device=device).remainder(config.get_text_config().vocab_size).view(2, 5)
+    present = torch.ones(2, 5, dtype=torch.bool, device=device)
     present[1, 0] = False
     positions = (present.cumsum(1) - 1).clamp(min=0)
     cache, logits = SlotCache(config, rows=2, columns=5), torch.empty(0)

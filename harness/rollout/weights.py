@@ -24,21 +24,23 @@ class SamplingWeights:
         """Take over the policy's weights as they are now, in the precision that autocast is set to."""
         masters = dict(self.model.named_parameters(remove_duplicate=False))
         if self.copies is None:
-            self.copies = {}
             kind = self.model.device.type
+            self.copies = {}
             if torch.is_autocast_enabled(kind):
-                dtype = torch.get_autocast_dtype(kind)
-                self.copies = {name: torch.empty_like(masters[name], dtype=dtype) for name in _matrices(self.model)}
-        for name, copy in self.copies.items():
-            copy.copy_(masters[name])
+                self.copies = self._room(masters, torch.get_autocast_dtype(kind))
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), [masters[name] for name in self.copies])
+
+    def _room(self, masters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: torch.empty_like(masters[name], dtype=dtype) for name in _matrices(self.model)}
 
     def __call__(self, **inputs: object) -> Tensor:
-        """Float32 logits [n, V] of each row's next token."""
+        """Logits [n, V] of each row's next token."""
         if self.copies:
             output = functional_call(self.model, self.copies, (), inputs, tie_weights=False)
         else:
             output = self.model(**inputs)
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
 
 def _matrices(model: PreTrainedModel) -> list[str]:

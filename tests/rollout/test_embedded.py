@@ -51,7 +51,7 @@ def test_equals_sampling_one_by_one_without_a_cache(model):
         ids = list(PROMPTS[row // 2])
         for step, token in enumerate(completion):
             logits = model(input_ids=torch.tensor([ids])).logits[:, -1].float() / 0.8
-            expected, logprob = sample(logits, noise[row, step : step + 1])
+            expected, logprob = sample(logits, noise[row, step : step + 1], 1.0)
             assert token == expected.item()
             assert batch.rollout_logprobs[row, step].item() == pytest.approx(logprob.item(), abs=1e-4)
             ids.append(token)
@@ -167,11 +167,11 @@ def test_rows_hold_prompt_and_completion_without_its_last_token(model):
 def test_sampling_follows_the_distribution():
     logits = torch.log(torch.tensor([[0.0, 0.1, 0.6, 0.0, 0.3]])).expand(20_000, 5)
     noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens, logprobs = sample(logits, noise)
+    tokens, logprobs = sample(logits, noise, 1.0)
     shares = torch.bincount(tokens, minlength=5) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.1, 0.6, 0.0, 0.3]), atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs, logits.gather(1, tokens.unsqueeze(1)).squeeze(1))
-    edges, _ = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64))
+    edges, _ = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-16], dtype=torch.float64), 1.0)
     assert edges.tolist() == [1, 4]
 
 

@@ -1,0 +1,62 @@
+"""Functions of tensors that a GPU is to compute in a kernel or two: torch launches one for each operation.
+
+Kernels are made by ``torch.compile`` when a function is first called, and serve any number of rows.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Kernels of a function that one process may need: for each model's sizes, where torch expects hardly more than one.
+_VARIANTS = 64
+
+
+def fused(rows: int) -> Callable[[Function], Function]:
+    """Decorates a function of tensors, which stays as it is where they are not on a GPU that torch compiles for.
+
+    It is called with gradients disabled, or where nobody asks for those of what it gives.
+
+    Args:
+        rows: so many of its first arguments have a row for each token, sequence or group of them.
+    """
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if not (arguments[0].is_cuda and compiles()):
+                return function(*arguments)
+            # Without what autograd knows of them, which has no bearing here, and would be compiled for.
+            plain = [given.data if isinstance(given, Tensor) else given for given in arguments]
+            for tensor in plain[:rows]:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return _compiled(function)(*plain)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = _VARIANTS
+    return torch.compile(function)
+
+
+@cache
+def compiles() -> bool:
+    """Whether there is a GPU that torch compiles for, which takes Triton and a C compiler; it is tried once."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device="cuda"))
+    except Exception as error:  # whatever the compiler misses
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"torch cannot compile for this GPU, so that more kernels are launched: {reason}", stacklevel=2)
+        return False
+    return True
