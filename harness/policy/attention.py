@@ -15,8 +15,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from harness.policy.fusion import compiles
-
 if TYPE_CHECKING:
     from harness.policy.packing import Packing
 
@@ -149,21 +147,8 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     batch, heads, _, dim = query.shape
     # The heads that share a key head, as if they were queries of one.
     query = query.view(batch, key.shape[1], -1, dim)
-    if query.device.type == "cpu":
-        attended = _products(query, key, value, mask, scaling)
-    elif query.dtype in (torch.bfloat16, torch.float16) and _marks(mask) and compiles():
-        from harness.policy.kernels import attend_once
-
-        assert mask is not None
-        attended = attend_once(query, key, value, mask[:, 0, 0].expand(batch, -1), scaling)
-    else:
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    return attended.reshape(batch, 1, heads, -1)
-
-
-def _marks(mask: Tensor | None) -> bool:
-    """Whether it says of each key alone whether a sequence sees it."""
-    return mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+    attend = _products if query.device.type == "cpu" else nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, mask, scale=scaling).reshape(batch, 1, heads, -1)
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -45,15 +45,6 @@ class RMSNorm(nn.Module):
             return _RMSNorm.apply(states, self.weight, self.constant)
         return (states * inverse_rms(states, self.constant)).mul_(self.weight)
 
-    def of_sum(self, states: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """``states + update`` [..., D], and the same normalised; for use without gradients."""
-        if not _follows_autocast(states):
-            states = states + update
-            return states, self(states)
-        dtype, (rows, others) = torch.get_autocast_dtype("cuda"), (each.flatten(0, -2) for each in (states, update))
-        summed, normalized = _normalize_sum(rows, others, self.weight, self.constant, dtype)
-        return summed.view(states.shape), normalized.view(states.shape)
-
 
 def _follows_autocast(states: Tensor) -> bool:
     return states.device.type == "cuda" and torch.is_autocast_enabled("cuda")
@@ -89,15 +80,6 @@ def _normalize(states: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dty
     """[N, D] from [N, D]."""
     states = states.float()
     return (states * _inverse_rms(states, epsilon) * weight).to(dtype)
-
-
-@fused(rows=2)
-def _normalize_sum(
-    states: Tensor, update: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The sum [N, D], and what is given of it [N, D]."""
-    states = states + update
-    return states, (states.float() * _inverse_rms(states.float(), epsilon) * weight).to(dtype)
 
 
 @fused(rows=2)

@@ -22,7 +22,7 @@ from harness.rollout.weights import SamplingWeights
 
 Step = Callable[[], None]
 
-_COLUMNS = 64  # graphs read keys up to a multiple of it: what is read in vain, against how many graphs there are
+_COLUMNS = 128  # graphs read keys up to a multiple of it: what is read in vain, against how many graphs there are
 _ROWS = 8  # fewer rows are not decoded any faster
 _LOOK = 16  # steps between two looks at how many sequences live
 

@@ -12,13 +12,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.attention import decoding_mask
+from harness.policy.fusion import compiles
 from harness.policy.loading import decoder
 from harness.policy.normalization import RMSNorm
-from harness.policy.projections import GatedFeedForward, Joint, JointAttention, half_turned
-from harness.rollout.cache import SlotCache
+from harness.policy.projections import GatedFeedForward, Joint, JointAttention, Rotation, half_turned
+from harness.rollout.cache import FixedLayer, SlotCache
 from harness.rollout.decoding import each_sees_one
 from harness.rollout.weights import SamplingWeights
 
@@ -93,19 +95,46 @@ class SingleTokenDecoder(SamplingWeights):
         normalized = network.layers[0].input_layernorm(states)
         followers = [*(layer.input_layernorm for layer in network.layers[1:]), network.norm]
         for layer, joint, follower in zip(network.layers, self._joint, followers, strict=True):
-            update = layer.self_attn.attend(normalized, joint.attention, rotation, mask, cache)
+            update = _attend(layer.self_attn, normalized, joint.attention, rotation, mask, cache)
             states, normalized = _add(states, update, layer.post_attention_layernorm)
             update = layer.mlp(normalized) if joint.gated is None else layer.mlp.feed(normalized, joint.gated)
             states, normalized = _add(states, update, follower)
         return self.model.get_output_embeddings()(normalized[:, -1])
 
 
+def _attend(
+    attention: JointAttention, states: Tensor, joint: Joint, rotation: Rotation, mask: Tensor | None, cache: Cache
+) -> Tensor:
+    """[n, W, H] from states [n, W, H]."""
+    held = cache.layers[attention.layer_idx]
+    if mask is None or not (isinstance(held, FixedLayer) and _in_kernels(held.states[0])):
+        return attention.attend(states, joint, rotation, mask, cache)
+    from harness.policy.kernels import attend_once, place_states
+
+    projected = linear(states[:, 0], joint.weight, joint.bias).unflatten(-1, (-1, attention.head_dim))
+    turn = [part.reshape(len(states), -1) for part in rotation]
+    query = place_states(
+        projected, joint.gain, joint.epsilon, *turn, *held.states, held.column, heads=attention.sizes[0]
+    )
+    attended = attend_once(query, *held.states, mask[:, 0, 0], held.column, attention.scaling)
+    return attention.o_proj(attended.flatten(1).unsqueeze(1))
+
+
 def _add(states: Tensor, update: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The sum, and the same normalised."""
-    if isinstance(norm, RMSNorm):
-        return norm.of_sum(states, update)
+    if isinstance(norm, RMSNorm) and _in_kernels(update):
+        from harness.policy.kernels import add_and_normalize
+
+        rows = (states.flatten(0, -2), update.flatten(0, -2))
+        summed, normalized = add_and_normalize(*rows, norm.weight, norm.constant)
+        return summed.view(states.shape), normalized.view(states.shape)
     states = states + update
     return states, norm(states)
+
+
+def _in_kernels(states: Tensor) -> bool:
+    """Whether there are kernels for states of this kind."""
+    return states.is_cuda and states.dtype in (torch.bfloat16, torch.float16) and compiles()
 
 
 class _Joint(NamedTuple):
