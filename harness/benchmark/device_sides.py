@@ -200,4 +200,5 @@ def decode_bytes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> fl
 def sides(model: PreTrainedModel, shape: Shape, device: str) -> Mapping[str, Measure]:
     """What is measured in turn, each after one call that does not count."""
     ours = OurPhases(model, shape, device)
-    return {"ours": ours, "generate": Generate(model, shape, device), "plain": PlainUpdate(model, ours)}
+    generate = {"generate": Generate(model, shape, device)} if shape.generates else {}
+    return {"ours": ours, **generate, "plain": PlainUpdate(model, ours)}

@@ -19,7 +19,7 @@ from harness.policy.flops import active_parameters
 from harness.torch_setup import set_up_torch
 
 DECODE_GOAL = 2.0
-MFU_GOALS = {"qwen3_1_7b": 0.4}
+MFU_GOALS = {"qwen3_1_7b": 0.4, "qwen3_1_7b_long": 0.4}
 # Sides of the matrices and bytes of the copies that the peaks are measured with.
 _MATRIX, _COPY = {"cuda": 8192, "cpu": 512}, {"cuda": 2**32, "cpu": 2**24}
 _ROLLOUT = (
@@ -47,7 +47,7 @@ def tables(options: Options) -> list[Table]:
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; run where there is one, or leave the option out")
-    set_up_torch(torch.get_num_threads())
+    set_up_torch(1)  # as cells have it
     dtype = compute_dtype(options.device)
     bandwidth = memory_peak(_COPY[options.device], options.device)
     peak = matrix_peak(_MATRIX[options.device], options.device, dtype)
@@ -82,13 +82,14 @@ def _about(name: str, shape: Shape, model: PreTrainedModel) -> dict[str, Cell]:
 
 def _rollout_columns(shape: Shape, measured: dict[str, dict[str, Spread]], steps_per_second: float) -> dict[str, Cell]:
     tokens = shape.sequences * shape.completion
-    ours, theirs = (_rate(tokens, measured[side]["rollout"]) for side in ("ours", "generate"))
+    ours = _rate(tokens, measured["ours"]["rollout"])
+    theirs = _rate(tokens, measured["generate"]["rollout"]) if shape.generates else None
     bound = shape.sequences * steps_per_second
     behind = Spread(tuple(bound / rate for rate in ours.values))
     return {
         "ours, tokens/s": ours,
         "generate, tokens/s": theirs,
-        "ratio": ours / theirs,
+        "ratio": ours / theirs if theirs else None,
         "bound, tokens/s": bound,
         "bound / ours": behind,
         **at_most(behind, DECODE_GOAL),

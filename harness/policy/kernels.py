@@ -11,6 +11,7 @@ from torch import Tensor
 # Keys that are read at once, warps, and steps of which the loads are under way: so that four blocks share a processor.
 _KEYS, _WARPS, _STAGES = 32, 2, 3
 _WIDTH = 1024  # columns of a row that are added up at once
+_PROGRAMS = 528  # that share the rows of which something is added up: four a processor of an H200
 
 
 def place_states(
@@ -169,7 +170,7 @@ def add_and_normalize(states: Tensor, update: Tensor, weight: Tensor, epsilon: T
     summed, normalized = torch.empty_like(states), torch.empty_like(update)
     room = triton.next_power_of_2(dim)
     _add_and_normalize[rows,](
-        states, update.contiguous(), weight, epsilon, summed, normalized, dim, room, num_warps=min(16, max(1, room // 256))
+        states, update.contiguous(), weight, epsilon, summed, normalized, dim, room, num_warps=_row_warps(room)
     )
     return summed, normalized
 
@@ -185,6 +186,57 @@ def _add_and_normalize(states, update, weight, epsilon, summed, normalized, DIM:
     state *= tl.rsqrt(tl.sum(state * state, 0) / DIM + tl.load(epsilon))
     state *= tl.load(weight + place, mask=inside, other=0.0)
     tl.store(normalized + at, state.to(normalized.dtype.element_ty), mask=inside)
+
+
+def normalization_gradients(
+    gradient: Tensor, states: Tensor, weight: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of root-mean-square normalisation, reading what it needs once.
+
+    Args:
+        gradient: [N, D].
+        states: [N, D] that were normalised.
+        weight: [D] the gain.
+        epsilon: what was added to the mean square.
+
+    Returns:
+        those of the states [N, D] and of the gain [D].
+    """
+    rows, dim = states.shape
+    of_states = torch.empty_like(states)
+    room, programs = triton.next_power_of_2(dim), min(rows, _PROGRAMS)
+    of_weight = weight.new_empty(programs, dim)
+    _normalization_gradients[programs,](
+        gradient.contiguous(), states, weight, epsilon, of_states, of_weight, rows, dim, room, num_warps=_row_warps(room)
+    )
+    return of_states, of_weight.sum(0)
+
+
+@triton.jit
+def _normalization_gradients(
+    gradient, states, weight, epsilon, of_states, of_weight, rows, DIM: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    place = tl.arange(0, ROOM)
+    inside = place < DIM
+    gain = tl.load(weight + place, mask=inside, other=0.0)
+    added = tl.load(epsilon)
+    total = tl.zeros([ROOM], tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = row * DIM + place
+        state = tl.load(states + at, mask=inside, other=0.0).to(tl.float32)
+        given = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(state * state, 0) / DIM + added)
+        state *= scale
+        total += given * state
+        given *= gain
+        # Along the vector itself nothing passes, since its length is divided out.
+        given = (given - state * (tl.sum(given * state, 0) / DIM)) * scale
+        tl.store(of_states + at, given.to(of_states.dtype.element_ty), mask=inside)
+    tl.store(of_weight + tl.program_id(0) * DIM + place, total, mask=inside)
+
+
+def _row_warps(room: int) -> int:
+    return min(16, max(1, room // 256))
 
 
 def sum_of_rows(rows: Tensor, chosen: Tensor, starts: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from harness.policy.fusion import fused
+from harness.policy.fusion import compiles, fused
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +82,6 @@ def _normalize(states: Tensor, weight: Tensor, epsilon: Tensor, dtype: torch.dty
     return (states * _inverse_rms(states, epsilon) * weight).to(dtype)
 
 
-@fused(rows=2)
 def _normalize_backward(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the states [N, D] and of the gain [D]."""
     dtype, gradient, states = states.dtype, gradient.float(), states.float()
@@ -106,7 +105,10 @@ class _FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_normalize_backward(gradient, *ctx.saved_tensors), None, None
+        differentiate = _normalize_backward
+        if gradient.is_cuda and compiles():
+            from harness.policy.kernels import normalization_gradients as differentiate
+        return *differentiate(gradient, *ctx.saved_tensors), None, None
 
 
 @torch.no_grad()

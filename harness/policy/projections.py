@@ -5,6 +5,7 @@ they stay in one tensor for as long as the same is done to them, with gradients 
 what is done to them is compiled.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -125,14 +126,9 @@ class JointAttention(nn.Module):
             packing: where tokens of a pass without padding belong.
             settings: for transformers' attention functions.
         """
-        rotated = self.sizes[0] + self.sizes[1]
-        if _follows_autocast(hidden):
-            states = _turned(hidden, joint, rotation, rotated)
-        else:
-            arguments = (hidden, *joint, *rotation, rotated)
-            states = _Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]
+        states = self._states(hidden, joint, rotation)
         if packing is not None:
-            query, key, value = self._split(packing.in_rows(states[0]))
+            query, key, value = self._split([packing.in_rows(part[0]) for part in states])
             rows = causal_attention(query, key, value, self.scaling).transpose(1, 2)
             return self.o_proj(packing.in_one(rows).flatten(1).unsqueeze(0))
         query, key, value = self._split(states)
@@ -141,9 +137,17 @@ class JointAttention(nn.Module):
         attended, _ = padding_free_attention(self, query, key, value, mask, self.scaling, **settings)
         return self.o_proj(attended.flatten(2))
 
-    def _split(self, states: Tensor) -> tuple[Tensor, ...]:
-        """[B, heads, L, D] each, from [B, L, heads + 2 key heads, D]."""
-        return states.transpose(1, 2).split(self.sizes, 1)
+    def _states(self, hidden: Tensor, joint: Joint, rotation: Rotation) -> Sequence[Tensor]:
+        """Queries, keys and values [B, L, heads, D], the first two normalised and rotated, in one tensor or in three."""
+        if _follows_autocast(hidden):
+            return _turned(hidden, joint, rotation, self.sizes)
+        arguments = (hidden, *joint, *rotation, self.sizes[0] + self.sizes[1])
+        return [_Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]]
+
+    def _split(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """[B, heads, L, D] of queries, keys and values [B, L, heads, D] in one tensor or in three."""
+        parts = states[0].split(self.sizes, 2) if len(states) == 1 else states
+        return [part.transpose(1, 2) for part in parts]
 
 
 def _check_arithmetic(layer: Any) -> None:
@@ -309,39 +313,42 @@ class _Stacked(torch.autograd.Function):
         return None, *(part.to(dtype) for part, dtype in parts)
 
 
-def _turned(hidden: Tensor, joint: Joint, rotation: Rotation, rotated: int) -> Tensor:
-    """States [B, L, heads, D], of which the first are normalised and rotated, in autocast's precision."""
+def _turned(hidden: Tensor, joint: Joint, rotation: Rotation, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Queries, keys and values [B, L, heads, D], the first two normalised and rotated, in autocast's precision."""
     cos, sin = (part.expand(*hidden.shape[:2], -1, -1).flatten(0, 1) for part in rotation)
     states = linear(hidden, joint.weight, joint.bias).flatten(0, 1).unflatten(-1, (-1, cos.shape[-1]))
-    arguments = (states, cos, sin, joint.gain, joint.epsilon, rotated)
+    arguments = (states, cos, sin, joint.gain, joint.epsilon, sizes[0], sizes[1])
     turned = _Turned.apply(*arguments) if torch.is_grad_enabled() else _turn(*arguments)
-    return turned.view(*hidden.shape[:2], *turned.shape[1:])
+    return [part.view(*hidden.shape[:2], *part.shape[1:]) for part in turned]
 
 
 @fused(rows=3)
 def _turn(
-    states: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, epsilon: Tensor | None, rotated: int
-) -> Tensor:
-    """[N, heads, D] from [N, heads, D] and cosines and sines [N, 1, D]."""
+    states: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, epsilon: Tensor | None, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [N, heads, D] from those one behind the other, and cosines and sines [N, 1, D]."""
+    rotated = heads + key_heads
     turned = states[:, :rotated].float()
     if gain is not None and epsilon is not None:
         turned = turned * (turned.square().mean(-1, keepdim=True) + epsilon).rsqrt() * gain
-    turned = turned * cos + turned.roll(cos.shape[-1] // 2, -1) * sin
-    return torch.cat([turned.to(states.dtype), states[:, rotated:]], 1)
+    turned = (turned * cos + turned.roll(cos.shape[-1] // 2, -1) * sin).to(states.dtype)
+    return turned[:, :heads].clone(), turned[:, heads:].clone(), states[:, rotated:].clone()
 
 
-@fused(rows=4)
+@fused(rows=6)
 def _turn_backward(
-    gradient: Tensor,
+    of_query: Tensor,
+    of_key: Tensor,
+    of_value: Tensor,
     states: Tensor,
     cos: Tensor,
     sin: Tensor,
     gain: Tensor | None,
     epsilon: Tensor | None,
-    rotated: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the states [N, heads, D] and of the gain [rotated, D]."""
-    turned, given = states[:, :rotated].float(), gradient[:, :rotated].float()
+    given = torch.cat([of_query, of_key], 1).float()
+    turned = states[:, : given.shape[1]].float()
     of_turned = given * cos + (given * sin).roll(cos.shape[-1] // 2, -1)
     of_gain = None
     if gain is not None and epsilon is not None:
@@ -351,21 +358,20 @@ def _turn_backward(
         of_gain = along.sum(0)
         # Along the vector itself nothing passes, since its length is divided out.
         of_turned = (of_turned * gain - direction * (along * gain).mean(-1, keepdim=True)) * scale
-    return torch.cat([of_turned.to(states.dtype), gradient[:, rotated:].to(states.dtype)], 1), of_gain
+    return torch.cat([of_turned.to(states.dtype), of_value.to(states.dtype)], 1), of_gain
 
 
 class _Turned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, *others: Any) -> Tensor:
-        gain, epsilon, ctx.rotated = others
-        ctx.save_for_backward(states, cos, sin, gain, epsilon)
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(states, cos, sin, *others[:2])
         return _turn(states, cos, sin, *others)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_states, of_gain = _turn_backward(gradient, *ctx.saved_tensors, ctx.rotated)
-        return of_states, None, None, of_gain, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_states, of_gain = _turn_backward(*gradients, *ctx.saved_tensors)
+        return of_states, None, None, of_gain, None, None, None
 
 
 @torch.no_grad()
