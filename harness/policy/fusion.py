@@ -42,6 +42,13 @@ def fused(rows: int) -> Callable[[Function], Function]:
     return decorate
 
 
+def autocast_dtype(states: Tensor) -> torch.dtype | None:
+    """What functions that autocast on a GPU does not know are to give there; None where it is off."""
+    if states.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = _VARIANTS

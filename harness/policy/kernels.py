@@ -188,9 +188,7 @@ def _add_and_normalize(states, update, weight, epsilon, summed, normalized, DIM:
     tl.store(normalized + at, state.to(normalized.dtype.element_ty), mask=inside)
 
 
-def normalization_gradients(
-    gradient: Tensor, states: Tensor, weight: Tensor, epsilon: Tensor
-) -> tuple[Tensor, Tensor]:
+def normalization_gradients(gradient: Tensor, states: Tensor, weight: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of root-mean-square normalisation, reading what it needs once.
 
     Args:
@@ -207,7 +205,16 @@ def normalization_gradients(
     room, programs = triton.next_power_of_2(dim), min(rows, _PROGRAMS)
     of_weight = weight.new_empty(programs, dim)
     _normalization_gradients[programs,](
-        gradient.contiguous(), states, weight, epsilon, of_states, of_weight, rows, dim, room, num_warps=_row_warps(room)
+        gradient.contiguous(),
+        states,
+        weight,
+        epsilon,
+        of_states,
+        of_weight,
+        rows,
+        dim,
+        room,
+        num_warps=_row_warps(room),
     )
     return of_states, of_weight.sum(0)
 

@@ -107,7 +107,9 @@ class _Recomputed(torch.autograd.Function):
         for block in _blocks(states, weight):
             logits = _logits(states, weight, bias, block)
             sums = (largest, total, moment, chosen)
-            largest, total, moment, chosen = _ADD[states.device.type](logits, *_locate(tokens, block), *sums, temperature)
+            largest, total, moment, chosen = _ADD[states.device.type](
+                logits, *_locate(tokens, block), *sums, temperature
+            )
             del logits  # before the next block's are made
         logprobs = chosen - largest - total.log()
         entropy = total.log() - moment / total
@@ -131,7 +133,15 @@ class _Recomputed(torch.autograd.Function):
             logits = _logits(states, weight, bias, block)
             index, inside = _locate(tokens, block)
             gradient = _DIFFERENTIATE[states.device.type](
-                logits, index, inside, normalizer, by_logprob, entropy, by_entropy, ctx.temperature, ctx.entropy_gradient
+                logits,
+                index,
+                inside,
+                normalizer,
+                by_logprob,
+                entropy,
+                by_entropy,
+                ctx.temperature,
+                ctx.entropy_gradient,
             )
             del logits
             if grad_bias is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from harness.policy.fusion import compiles, fused
+from harness.policy.fusion import autocast_dtype, compiles, fused
 
 
 class RMSNorm(nn.Module):
@@ -33,9 +33,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D], each vector over its root mean square, times the gain."""
-        if _follows_autocast(states):
-            rows = states.reshape(-1, states.shape[-1])
-            given = (rows, self.weight, self.constant, torch.get_autocast_dtype("cuda"))
+        dtype = autocast_dtype(states)
+        if dtype is not None:
+            given = (states.reshape(-1, states.shape[-1]), self.weight, self.constant, dtype)
             normalized = _FusedRMSNorm.apply(*given) if torch.is_grad_enabled() else _normalize(*given)
             return normalized.view(states.shape)
         states = states.to(self.weight.dtype)  # torch has no kernel for two precisions
@@ -44,10 +44,6 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled():
             return _RMSNorm.apply(states, self.weight, self.constant)
         return (states * inverse_rms(states, self.constant)).mul_(self.weight)
-
-
-def _follows_autocast(states: Tensor) -> bool:
-    return states.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def inverse_rms(states: Tensor, epsilon: Tensor) -> Tensor:

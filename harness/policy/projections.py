@@ -15,7 +15,7 @@ from torch.nn.functional import linear, silu
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.attention import causal_attention, is_padding_free, padding_free_attention
-from harness.policy.fusion import fused
+from harness.policy.fusion import autocast_dtype, fused
 from harness.policy.normalization import RMSNorm, inverse_rms
 from harness.policy.packing import Packing, packed_states
 from harness.policy.products import product, sum_of_outer_products
@@ -138,8 +138,8 @@ class JointAttention(nn.Module):
         return self.o_proj(attended.flatten(2))
 
     def _states(self, hidden: Tensor, joint: Joint, rotation: Rotation) -> Sequence[Tensor]:
-        """Queries, keys and values [B, L, heads, D], the first two normalised and rotated, in one tensor or in three."""
-        if _follows_autocast(hidden):
+        """Queries, keys and values [B, L, heads, D], those before values turned, in one tensor or in three."""
+        if autocast_dtype(hidden) is not None:
             return _turned(hidden, joint, rotation, self.sizes)
         arguments = (hidden, *joint, *rotation, self.sizes[0] + self.sizes[1])
         return [_Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]]
@@ -284,15 +284,10 @@ class _Gated(torch.autograd.Function):
         return _gate_backward(gradient, *ctx.saved_tensors)
 
 
-def _follows_autocast(states: Tensor) -> bool:
-    return states.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-
-
 def stacked(weights: list[Tensor]) -> Tensor:
     """[sum of rows, H] from weights [rows, H], in autocast's precision where it is on."""
-    if _follows_autocast(weights[0]):
-        return _Stacked.apply(torch.get_autocast_dtype("cuda"), *weights)
-    return torch.cat(weights)
+    dtype = autocast_dtype(weights[0])
+    return torch.cat(weights) if dtype is None else _Stacked.apply(dtype, *weights)
 
 
 class _Stacked(torch.autograd.Function):

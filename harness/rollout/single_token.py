@@ -112,11 +112,9 @@ def _attend(
     from harness.policy.kernels import attend_once, place_states
 
     projected = linear(states[:, 0], joint.weight, joint.bias).unflatten(-1, (-1, attention.head_dim))
-    turn = [part.reshape(len(states), -1) for part in rotation]
-    query = place_states(
-        projected, joint.gain, joint.epsilon, *turn, *held.states, held.column, heads=attention.sizes[0]
-    )
-    attended = attend_once(query, *held.states, mask[:, 0, 0], held.column, attention.scaling)
+    (cos, sin), (keys, values) = (part.reshape(len(states), -1) for part in rotation), held.states
+    query = place_states(projected, joint.gain, joint.epsilon, cos, sin, keys, values, held.column, attention.sizes[0])
+    attended = attend_once(query, keys, values, mask[:, 0, 0], held.column, attention.scaling)
     return attention.o_proj(attended.flatten(1).unsqueeze(1))
 
 

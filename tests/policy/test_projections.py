@@ -5,11 +5,20 @@ import copy
 import pytest
 import torch
 
+from harness.policy import normalization, projections
 from harness.policy.critic import Critic
 from harness.policy.loading import prepare_layers
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
-from harness.policy.projections import JointAttention, _project, _Projections, half_turned, join_projections
+from harness.policy.projections import (
+    GatedFeedForward,
+    JointAttention,
+    _project,
+    _Projections,
+    half_turned,
+    join_projections,
+    stacked,
+)
 from tests.policy.conftest import fresh, make_batch
 from tests.policy.families import build
 from tests.policy.test_packing import assert_same, dense, passes
@@ -27,11 +36,18 @@ _SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings
 _SCALED |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
 
+def as_on_a_gpu(monkeypatch):
+    """The ways of a GPU under autocast, but with float32 in the place of bfloat16, so that nothing is rounded."""
+    for module in (normalization, projections):
+        monkeypatch.setattr(module, "autocast_dtype", lambda states: torch.float32)
+
+
 def joint_layers(model):
     return [module for module in model.modules() if isinstance(module, JointAttention)]
 
 
-def assert_nothing_changes(model):
+def assert_nothing_changes(model, monkeypatch=None):
+    """Or not on a GPU either, with ``monkeypatch``."""
     batch = make_batch(group_size=3)
     with torch.no_grad():  # so that biases and gains are not those that change nothing
         for parameter in model.parameters():
@@ -40,8 +56,10 @@ def assert_nothing_changes(model):
     fuse_normalization(model)
     drop_padding(model)
     before, parameters = passes(model, batch), dict(model.named_parameters())
-    join_projections(model)
+    join_projections(model, feed_forward=monkeypatch is not None)
     assert len(joint_layers(model)) == len(model.base_model.layers)
+    if monkeypatch is not None:
+        as_on_a_gpu(monkeypatch)
     assert_same(passes(model, batch), before)
     after = dict(model.named_parameters())
     assert list(after) == list(parameters) and all(after[name] is given for name, given in parameters.items())
@@ -55,6 +73,41 @@ def test_dense_families(family):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_families_of_experts(family):
     assert_nothing_changes(build(family))
+
+
+def gated_layers(model):
+    return [module for module in model.modules() if isinstance(module, GatedFeedForward)]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_dense_families_on_a_gpu(family, monkeypatch):
+    model = dense(family.split()[0], **DENSE[family])
+    assert_nothing_changes(model, monkeypatch)
+    assert len(gated_layers(model)) == (0 if family == "gemma" else len(model.base_model.layers))  # of GELU
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_families_of_experts_on_a_gpu(family, monkeypatch):
+    model = build(family)
+    assert_nothing_changes(model, monkeypatch)
+    assert len(gated_layers(model)) == (family == "qwen3_moe")  # whose first layer has no experts
+
+
+def test_feed_forward_layers_with_biases_stay():
+    model = dense("llama", mlp_bias=True)
+    drop_padding(model)
+    join_projections(model, feed_forward=True)
+    assert not gated_layers(model) and joint_layers(model)
+
+
+def test_stacked_weights_are_rounded_and_their_gradients_are_not_mixed(monkeypatch):
+    monkeypatch.setattr(projections, "autocast_dtype", lambda states: torch.bfloat16)
+    weights = [torch.randn(rows, 3, requires_grad=True) for rows in (2, 1)]
+    together = stacked(weights)
+    assert torch.equal(together, torch.cat(weights).bfloat16())
+    gradient = torch.randn(3, 3).bfloat16()
+    for found, right in zip(torch.autograd.grad(together, weights, gradient), gradient.split([2, 1]), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, right.float())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from harness.config import compose
+from harness.policy import normalization, projections
 from harness.policy.loading import prepare_layers
+from harness.policy.normalization import fuse_normalization
+from harness.policy.packing import drop_padding
+from harness.policy.projections import join_projections
 from harness.rollout import single_token
+from harness.rollout.cache import SlotCache
 from harness.rollout.embedded import EmbeddedEngine
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
@@ -101,3 +106,35 @@ def test_whether_a_model_suits_is_tried_once_and_forgotten_with_it(monkeypatch):
     del model
     gc.collect()
     assert kept() is None
+
+
+def test_copies_in_another_precision_follow_the_weights(monkeypatch):
+    """As on a GPU: those that are multiplied at once are parts of one tensor, which stays where it is."""
+    model = dense("qwen3", head_dim=16)
+    fuse_normalization(model)
+    drop_padding(model)
+    join_projections(model, feed_forward=True)
+    for module in (normalization, projections):
+        monkeypatch.setattr(module, "autocast_dtype", lambda states: torch.bfloat16)
+    tokens, mask, positions = torch.tensor([[5, 6, 7]]), None, torch.arange(3).unsqueeze(0)
+    given = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    policy, plain, found = SingleTokenDecoder(model), SamplingWeights(model), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            for side in (policy, plain):
+                side.refresh()
+                found.append(side(**given, past_key_values=SlotCache(model.config, 1, 3), logits_to_keep=1))
+            torch.testing.assert_close(found[-2], found[-1], rtol=3e-2, atol=3e-2)
+            layer = model.model.layers[1]
+            for module, whole in zip((layer.self_attn, layer.mlp), policy._joint[1], strict=True):
+                whole = whole if isinstance(whole, torch.Tensor) else whole.weight
+                together = torch.cat([projection.weight for projection in module.projections()])
+                assert whole.dtype == torch.bfloat16 and torch.equal(whole, together.bfloat16())
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert not torch.allclose(found[0], found[2], rtol=3e-2, atol=3e-2)
+    kept = policy._joint[1].attention
+    with torch.no_grad():
+        policy.refresh()
+    assert policy._joint[1].attention is kept
+    assert torch.equal(kept.gain[0], model.model.layers[1].self_attn.q_norm.weight)
