@@ -347,8 +347,9 @@ class Trainer:
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         batch = self.engine.generate(prompts, 2, self._generator("warm-up"))
         self.grader.verify(f"#{problems[0].answer}", problems[0])  # an answer, whose judge may be a process to start
-        logprobs, _ = completion_logprobs(self.policy, batch, self.config.rollout.temperature)
-        logprobs.sum().backward()
+        bonus = self.algorithm.entropy_coefficient > 0
+        logprobs, entropy = completion_logprobs(self.policy, batch, self.config.rollout.temperature, bonus)
+        (logprobs + entropy).sum().backward()
         self.policy.zero_grad(set_to_none=True)
         if self.fractions:
             prepare_evaluation(self.policy, self.config.evaluation)

@@ -1,6 +1,6 @@
 """A model of a real shape on the device: the harness's phases, transformers' `generate`, and a plain update."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,11 @@ class OurPhases:
             "distinct tokens": share,
             "memory": memory,
         }
+
+    def phases(self) -> dict[str, Callable[[], None]]:
+        """Each phase by itself, as it is measured."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return {"rollout": self._rollout, "old_logprobs": self._judge, "update": self._update}
 
     def _rollout(self) -> None:
         self.batch = self.engine.generate(self.prompts, self.shape.group_size, self.generator)

@@ -8,8 +8,9 @@ import gc
 import torch
 from transformers import PreTrainedModel
 
-from harness.benchmark.device_sides import compute_dtype, decode_bytes, random_model, sides
-from harness.benchmark.measure import Spread, interleave
+from harness.benchmark.device_sides import OurPhases, compute_dtype, decode_bytes, random_model, sides
+from harness.benchmark.kernels import profiled
+from harness.benchmark.measure import Measure, Spread, interleave
 from harness.benchmark.model_shapes import SHAPES, Shape
 from harness.benchmark.peaks import data_sheet_peak, matrix_peak, memory_peak
 from harness.benchmark.table import Cell, Options, Table, at_least, at_most
@@ -37,6 +38,10 @@ _UPDATE = (
     "above what was held before, with weights and optimizer state in place."
 )
 _PHASES = "Seconds of a rollout batch in each phase, and their shares."
+_KERNELS = (
+    "Seconds that each phase keeps the GPU at work, by kinds of kernels, in one call of it under torch's profiler. What "
+    "a phase takes beyond their sum the GPU waits for the host."
+)
 
 
 def tables(options: Options) -> list[Table]:
@@ -51,21 +56,25 @@ def tables(options: Options) -> list[Table]:
     dtype = compute_dtype(options.device)
     bandwidth = memory_peak(_COPY[options.device], options.device)
     peak = matrix_peak(_MATRIX[options.device], options.device, dtype)
-    rollout, update, phases = [], [], []
+    rollout, update, phases, kernels = [], [], [], []
     for name in options.shapes:
         shape, model = SHAPES[name], random_model(SHAPES[name], options.device)
-        measured = interleave(sides(model, shape, options.device), options.repetitions)
+        compared = sides(model, shape, options.device)
+        measured = interleave(compared, options.repetitions)
         about = _about(name, shape, model)
         rollout.append(about | _rollout_columns(shape, measured, bandwidth / decode_bytes(model, shape, dtype)))
         update.append(about | _update_columns(name, shape, measured, peak, options.device))
         phases.append(about | _phase_columns(measured["ours"]))
-        del model, measured
+        if options.device == "cuda":
+            kernels += _kernel_rows(name, compared["ours"])
+        del model, measured, compared
         _release(options.device)
     numbers = {"dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth * 1e-12, "peak": peak * 1e-12}
     return [
         Table("Rollout", _ROLLOUT.format(**numbers), rollout),
         Table("Update", _UPDATE.format(**numbers), update),
         Table("Phases", _PHASES, phases),
+        *([Table("Kernels", _KERNELS, kernels)] if kernels else []),
     ]
 
 
@@ -126,6 +135,15 @@ def _phase_columns(ours: dict[str, Spread]) -> dict[str, Cell]:
     whole = sum(ours[phase].median for phase in phases)
     seconds = {f"{phase}, s": ours[phase] for phase in phases}
     return {**seconds, **{f"{phase} share": ours[phase].median / whole for phase in phases}}
+
+
+def _kernel_rows(name: str, ours: Measure) -> list[dict[str, Cell]]:
+    assert isinstance(ours, OurPhases)
+    rows: list[dict[str, Cell]] = []
+    for phase, work in ours.phases().items():
+        seconds = profiled(work)
+        rows.append({"shape": name, "phase": phase, "all, s": sum(seconds.values()), **seconds})
+    return rows
 
 
 def _rate(tokens: int, seconds: Spread) -> Spread:

@@ -16,26 +16,42 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # Kernels of a function that one process may need: for each model's sizes, where torch expects hardly more than one.
 _VARIANTS = 64
 
+# Rows that kernels are tuned for, unless a function says otherwise: a prime, so that nothing is made of its divisors.
+_ROWS = 4099
 
-def fused(rows: int) -> Callable[[Function], Function]:
+
+def fused(rows: int, columns: int = 0, tuned_for: int = _ROWS) -> Callable[[Function], Function]:
     """Decorates a function of tensors, which stays as it is where they are not on a GPU that torch compiles for.
 
     It is called with gradients disabled, or where nobody asks for those of what it gives.
 
     Args:
         rows: so many of its first arguments have a row for each token, sequence or group of them.
+        columns: so many of these may have any number of columns, too.
+        tuned_for: rows that its kernels are tuned for, whatever it is first called with.
     """
 
     def decorate(function: Function) -> Function:
+        met = set()
+
+        def compiled(arguments: list[Any]) -> Any:
+            for index, tensor in enumerate(arguments[:rows]):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                if index < columns:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+            return _compiled(function)(*arguments)
+
         @wraps(function)
         def call(*arguments: Any) -> Any:
             if not (arguments[0].is_cuda and compiles()):
                 return function(*arguments)
             # Without what autograd knows of them, which has no bearing here, and would be compiled for.
             plain = [given.data if isinstance(given, Tensor) else given for given in arguments]
-            for tensor in plain[:rows]:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return _compiled(function)(*plain)
+            sizes = plain[0].shape[2 if columns else 1 :], plain[0].dtype
+            if sizes not in met:
+                met.add(sizes)
+                compiled([given.new_zeros(tuned_for, *given.shape[1:]) for given in plain[:rows]] + plain[rows:])
+            return compiled(plain)
 
         return call  # type: ignore[return-value]
 

@@ -219,7 +219,7 @@ def normalization_gradients(gradient: Tensor, states: Tensor, weight: Tensor, ep
     return of_states, of_weight.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which change from batch to batch
 def _normalization_gradients(
     gradient, states, weight, epsilon, of_states, of_weight, rows, DIM: tl.constexpr, ROOM: tl.constexpr
 ):  # fmt: skip
@@ -255,7 +255,7 @@ def sum_of_rows(rows: Tensor, chosen: Tensor, starts: Tensor) -> Tensor:
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length"])  # which change from batch to batch
 def _sum_of_rows(rows, chosen, starts, result, count, length, width, WIDTH: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -177,7 +177,7 @@ def _add_block(
     return largest, total, moment, chosen
 
 
-@fused(rows=7)
+@fused(rows=7, columns=1)
 def _add_block_fused(
     logits: Tensor,
     index: Tensor,
@@ -226,7 +226,7 @@ def _differentiate_block(
     return gradient.to(logits.dtype)
 
 
-@fused(rows=7)
+@fused(rows=7, columns=1)
 def _differentiate_block_fused(
     logits: Tensor,
     index: Tensor,

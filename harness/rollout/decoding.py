@@ -73,7 +73,7 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-@fused(rows=2)
+@fused(rows=2, tuned_for=67)
 def _sample_by_blocks(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """As above: first a block of the vocabulary, then a token in it. A GPU adds up few long rows slowly."""
     logits = logits.float() / temperature

@@ -43,6 +43,27 @@ def test_one_kernel_serves_any_number_of_rows_with_and_without_gradients(compile
     assert len(compiled) == 2
 
 
+def test_blocks_of_any_width_are_one_kernel(compiled):
+    function = fused(rows=2, columns=1)(lambda logits, sums: logits.sum(1) + sums)
+    for count, width in ((7, 9), (64, 300), (3, 4099)):
+        torch.testing.assert_close(
+            function(torch.ones(count, width), torch.ones(count)), torch.full((count,), width + 1.0)
+        )
+    assert len(compiled) == 1
+
+
+def test_kernels_are_tuned_for_many_rows_whatever_comes_first(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(fusion, "compiles", lambda: True)
+    monkeypatch.setattr(fusion, "_compiled", lambda function: function)  # so that it says what it is called with
+    function = fused(rows=1, tuned_for=67)(lambda rows, others: given.append((rows.shape, others.shape)))
+    for count in (2, 5):
+        function(torch.ones(count, 4), torch.ones(4))
+    function(torch.ones(2, 3), torch.ones(3))
+    assert given == [((67, 4), (4,)), ((2, 4), (4,)), ((5, 4), (4,)), ((67, 3), (3,)), ((2, 3), (3,))]
+
+
 def test_on_a_cpu_functions_are_what_they_were(monkeypatch):
     monkeypatch.setattr(fusion, "_compiled", lambda function: pytest.fail("compiled"))
     rows, others = torch.randn(3, 4), torch.randn(4, requires_grad=True)
