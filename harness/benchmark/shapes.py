@@ -39,8 +39,8 @@ _UPDATE = (
 )
 _PHASES = "Seconds of a rollout batch in each phase, and their shares."
 _KERNELS = (
-    "Seconds that each phase keeps the GPU at work, by kinds of kernels, in one call of it under torch's profiler. What "
-    "a phase takes beyond their sum the GPU waits for the host."
+    "Seconds that each phase keeps the GPU at work, by kinds of kernels, in one call of it under torch's profiler. "
+    "What a phase takes beyond their sum the GPU waits for the host."
 )
 
 
