@@ -19,7 +19,7 @@ from harness.judging import Judge
 from harness.policy.critic import Critic
 from harness.policy.flops import BACKWARD, ForwardCost, active_parameters, critic_cost, policy_cost
 from harness.policy.loading import end_tokens, load_policy, supported, weights_hash
-from harness.policy.logprobs import completion_logprobs
+from harness.policy.logprobs import compile_blocks, completion_logprobs
 from harness.policy.routing import check_routing, expert_layers
 from harness.reward import Grader, Rewards
 from harness.rollout.batch import Batch
@@ -347,9 +347,10 @@ class Trainer:
         prompts = [self.tokenizer(problem.prompt)["input_ids"] for problem in problems]
         batch = self.engine.generate(prompts, 2, self._generator("warm-up"))
         self.grader.verify(f"#{problems[0].answer}", problems[0])  # an answer, whose judge may be a process to start
-        bonus = self.algorithm.entropy_coefficient > 0
-        logprobs, entropy = completion_logprobs(self.policy, batch, self.config.rollout.temperature, bonus)
+        temperature, bonus = self.config.rollout.temperature, self.algorithm.entropy_coefficient > 0
+        logprobs, entropy = completion_logprobs(self.policy, batch, temperature, bonus)
         (logprobs + entropy).sum().backward()
+        compile_blocks(self.policy.get_output_embeddings(), temperature, bonus)
         self.policy.zero_grad(set_to_none=True)
         if self.fractions:
             prepare_evaluation(self.policy, self.config.evaluation)

@@ -14,11 +14,13 @@ from harness.policy.loading import prepare_layers
 from harness.policy.logprobs import _add_block_fused, _differentiate_block_fused, completion_logprobs
 from harness.policy.normalization import _normalize, _normalize_backward
 from harness.policy.projections import _gate, _gate_backward, _turn, _turn_backward
+from harness.policy.tokenizer import build_tokenizer
 from harness.rollout.decoding import _sample_by_blocks
 from harness.rollout.embedded import EmbeddedEngine
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.runs.directory import METRICS
 from harness.torch_setup import set_up_torch
+from harness.trainer import Trainer
 from harness.update import PolicyUpdater, Targets
 from tests.policy.conftest import fresh
 from tests.tiny_run import lines, run
@@ -52,6 +54,29 @@ def test_a_run_on_the_gpu_is_done_and_its_sampler_and_trainer_agree(cold_starts,
     rows = lines(directory, METRICS)
     assert len(rows) == 2
     assert all(row["mismatch/logprob_abs_mean"] < 0.05 for row in rows)  # bfloat16 keeps two to three digits
+
+
+@pytest.mark.parametrize("algorithm", ["gspo", "ppo", "kl_cov"])
+def test_nothing_is_compiled_in_charged_time(cold_starts, tmp_path, monkeypatch, algorithm):
+    known = []
+
+    def noting(method, first):
+        def noted(trainer):
+            if first:
+                method(trainer)
+            known.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            if not first:
+                method(trainer)
+
+        return noted
+
+    monkeypatch.setattr(Trainer, "warm_up", noting(Trainer.warm_up, first=True))
+    monkeypatch.setattr(Trainer, "finish", noting(Trainer.finish, first=False))
+    # So that micro-batches have more logits than are held, and the warm-up has not.
+    monkeypatch.setattr("harness.policy.logprobs.HELD_ELEMENTS", 60 * len(build_tokenizer()))
+    run(tmp_path, "device=cuda", f"algorithm={algorithm}", "model=tiny_dense")
+    before, after = known
+    assert before == after > 0
 
 
 def on_gpu(name):
@@ -190,7 +215,8 @@ def test_rows_that_are_added_and_normalised():
     torch.testing.assert_close(summed, states + update)
     right = torch.nn.functional.rms_norm(summed, (D,), weight, float(epsilon))
     torch.testing.assert_close(normalized, right.to(HALF), rtol=1e-2, atol=1e-2)
-    rows, gradient = random(3000, D), random(3000, D, dtype=HALF)  # more than programs
+    # More than programs, and parts of wider ones.
+    rows, gradient = random(3000, 2 * D)[:, :D], random(3000, 3 * D, dtype=HALF)[:, D : 2 * D]
     for found, expected in zip(
         normalization_gradients(gradient, rows, weight, epsilon),
         _normalize_backward(gradient, rows, weight, epsilon),

@@ -18,6 +18,8 @@ _VARIANTS = 64
 
 # Rows that kernels are tuned for, unless a function says otherwise: a prime, so that nothing is made of its divisors.
 _ROWS = 4099
+# Columns at most, where there may be any number.
+_COLUMNS = 8191
 
 
 def fused(rows: int, columns: int = 0, tuned_for: int = _ROWS) -> Callable[[Function], Function]:
@@ -47,11 +49,15 @@ def fused(rows: int, columns: int = 0, tuned_for: int = _ROWS) -> Callable[[Func
                 return function(*arguments)
             # Without what autograd knows of them, which has no bearing here, and would be compiled for.
             plain = [given.data if isinstance(given, Tensor) else given for given in arguments]
-            sizes = plain[0].shape[2 if columns else 1 :], plain[0].dtype
-            if sizes not in met:
-                met.add(sizes)
-                compiled([given.new_zeros(tuned_for, *given.shape[1:]) for given in plain[:rows]] + plain[rows:])
+            kind = (plain[0].shape[2 if columns else 1 :], plain[0].dtype, *_state())
+            if kind not in met:
+                met.add(kind)
+                compiled([*(_room(given, index < columns) for index, given in enumerate(plain[:rows])), *plain[rows:]])
             return compiled(plain)
+
+        def _room(given: Tensor, any_columns: bool) -> Tensor:
+            shape = (min(given.shape[1], _COLUMNS), *given.shape[2:]) if any_columns else given.shape[1:]
+            return given.new_zeros(tuned_for, *shape)
 
         return call  # type: ignore[return-value]
 
@@ -63,6 +69,12 @@ def autocast_dtype(states: Tensor) -> torch.dtype | None:
     if states.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda")
     return None
+
+
+def _state() -> tuple[bool, ...]:
+    """What torch compiles a function anew for, though these make no difference to what it computes."""
+    autocast = torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled()
+    return *autocast, torch.are_deterministic_algorithms_enabled()
 
 
 @cache

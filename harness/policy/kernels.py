@@ -166,11 +166,12 @@ def _attend_once(
 def add_and_normalize(states: Tensor, update: Tensor, weight: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     """The sum [n, D] of states [n, D] and their update [n, D], and the same over its root mean square, times the gain,
     in the update's precision."""
+    states, update = states.contiguous(), update.contiguous()
     rows, dim = states.shape
     summed, normalized = torch.empty_like(states), torch.empty_like(update)
     room = triton.next_power_of_2(dim)
     _add_and_normalize[rows,](
-        states, update.contiguous(), weight, epsilon, summed, normalized, dim, room, num_warps=_row_warps(room)
+        states, update, weight, epsilon, summed, normalized, dim, room, num_warps=_row_warps(room)
     )
     return summed, normalized
 
@@ -200,12 +201,13 @@ def normalization_gradients(gradient: Tensor, states: Tensor, weight: Tensor, ep
     Returns:
         those of the states [N, D] and of the gain [D].
     """
+    gradient, states = gradient.contiguous(), states.contiguous()  # which may be parts of wider ones
     rows, dim = states.shape
     of_states = torch.empty_like(states)
     room, programs = triton.next_power_of_2(dim), min(rows, _PROGRAMS)
     of_weight = weight.new_empty(programs, dim)
     _normalization_gradients[programs,](
-        gradient.contiguous(),
+        gradient,
         states,
         weight,
         epsilon,

@@ -24,7 +24,8 @@ def completion_states(network: PreTrainedModel, packing: Packing) -> Tensor:
     """Hidden states [N, H] from which a batch's N valid completion tokens are predicted, row by row."""
     with autocast(network.device):
         states = network(**packing.inputs, use_cache=False).last_hidden_state
-    return states.flatten(0, 1).index_select(0, packing.completion)
+    # Of a prompt's last token, which completions have in common, gradients are added up in float32.
+    return states.flatten(0, 1).float().index_select(0, packing.completion).to(states.dtype)
 
 
 def completion_logprobs(
@@ -64,6 +65,15 @@ def token_logprobs(
     if recomputes(head, len(states)):
         return _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
     return _held(states, head, tokens, temperature, entropy_gradient)
+
+
+def compile_blocks(head: nn.Linear, temperature: float, entropy_gradient: bool = False) -> None:
+    """Have what blocks of logits need on a GPU compiled, however few tokens come first; leaves gradients behind."""
+    if head.weight.is_cuda:
+        states = head.weight.new_zeros(2, head.weight.shape[1], requires_grad=True)
+        tokens = torch.zeros(2, dtype=torch.long, device=states.device)
+        logprobs, entropy = _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
+        (logprobs + entropy).sum().backward()
 
 
 def recomputes(head: nn.Linear, tokens: int) -> bool:

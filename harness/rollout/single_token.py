@@ -38,28 +38,14 @@ class SingleTokenDecoder(SamplingWeights):
     def refresh(self) -> None:
         """Take over the policy's weights as they are now."""
         super().refresh()
-        if not self.copies:
-            self._joint = [_Joint.of(layer) for layer in self._layers()]
-            return
-        for layer, held in zip(self._layers(), self._joint, strict=True):
-            for kept, now in zip(held.attention[1:], layer.self_attn.beside(), strict=True):
-                if kept is not None:
-                    kept.copy_(now)
-
-    def _layers(self) -> Any:
-        return decoder(self.model).layers
-
-    def _room(self, masters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Copies that are multiplied at once are parts of one tensor, which stays where CUDA graphs read it."""
-        room, names = super()._room(masters, dtype), {id(master): name for name, master in masters.items()}
-        self._joint = [_Joint.of(layer) for layer in self._layers()]
-        for layer, joint in zip(self._layers(), self._joint, strict=True):
-            for module, whole in ((layer.self_attn, joint.attention.weight), (layer.mlp, joint.gated)):
-                if whole is not None:
-                    weights = [projection.weight for projection in module.projections()]
-                    parts = whole.split(list(map(len, weights)))
-                    room |= {names[id(weight)]: part for weight, part in zip(weights, parts, strict=True)}
-        return room
+        layers: Any = decoder(self.model).layers
+        if self.copies and self._joint:  # CUDA graphs read them where they are
+            for layer, held in zip(layers, self._joint, strict=True):
+                for kept, now in zip(held.attention[1:], layer.self_attn.beside(), strict=True):
+                    if kept is not None:
+                        kept.copy_(now)
+        else:
+            self._joint = self._by_copies(lambda: [_Joint.of(layer) for layer in layers])
 
     @classmethod
     def suits(cls, model: PreTrainedModel) -> bool:
@@ -82,10 +68,16 @@ class SingleTokenDecoder(SamplingWeights):
         """Logits [n, V] of each row's next token."""
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
         arguments = tuple(inputs[name] for name in names)
-        if self.copies:
-            copies = {f"model.{name}": copy for name, copy in self.copies.items()}
-            return functional_call(_Step(self.model, self._decode), copies, arguments, tie_weights=False)
-        return self._decode(*arguments) if inputs["input_ids"].shape[1] == 1 else super().__call__(**inputs)
+        if self.copies or inputs["input_ids"].shape[1] == 1:
+            return self._by_copies(self._decode, *arguments)
+        return super().__call__(**inputs)
+
+    def _by_copies(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function that goes through the model gives with the copies in the place of its weights."""
+        if not self.copies:
+            return function(*arguments)
+        copies = {f"model.{name}": copy for name, copy in self.copies.items()}
+        return functional_call(_Through(self.model, function), copies, arguments, tie_weights=False)
 
     def _decode(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """Logits [n, V] after the last of tokens [n, W] at positions [n, W], which see what the mask says."""
@@ -147,15 +139,15 @@ class _Joint(NamedTuple):
         return cls(layer.self_attn.joint(), gated)
 
 
-class _Step(nn.Module):
+class _Through(nn.Module):
     """The call of a function that goes through a model, as a module, whose weights can be exchanged for the time."""
 
-    def __init__(self, model: PreTrainedModel, step: Callable[..., Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self.step = model, step
+        self.model, self.function = model, function
 
-    def forward(self, *arguments: Any) -> Tensor:
-        return self.step(*arguments)
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
 
 
 def _probe(policy: SamplingWeights) -> Tensor:

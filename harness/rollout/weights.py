@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from harness.policy.projections import GatedFeedForward, JointAttention
 from harness.policy.routing import is_experts
 
 
@@ -32,7 +33,19 @@ class SamplingWeights:
             torch._foreach_copy_(list(self.copies.values()), [masters[name] for name in self.copies])
 
     def _room(self, masters: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: torch.empty_like(masters[name], dtype=dtype) for name in _matrices(self.model)}
+        """Those that are multiplied at once lie one behind the other."""
+        room: dict[str, Tensor] = {}
+        names = {id(master): name for name, master in masters.items()}
+        for module in self.model.modules():
+            if isinstance(module, (JointAttention, GatedFeedForward)):
+                weights = [projection.weight for projection in module.projections()]
+                sizes = list(map(len, weights))
+                whole = weights[0].new_empty(sum(sizes), *weights[0].shape[1:], dtype=dtype)
+                room |= {names[id(weight)]: part for weight, part in zip(weights, whole.split(sizes), strict=True)}
+        for name in _matrices(self.model):
+            if name not in room:
+                room[name] = torch.empty_like(masters[name], dtype=dtype)
+        return room
 
     def __call__(self, **inputs: object) -> Tensor:
         """Logits [n, V] of each row's next token."""

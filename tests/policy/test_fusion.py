@@ -71,17 +71,45 @@ def test_on_a_cpu_functions_are_what_they_were(monkeypatch):
     assert autocast_dtype(rows) is None
 
 
+def fail(*_):
+    raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+
 def test_where_torch_cannot_compile_functions_are_what_they_were(monkeypatch):
     compiles.cache_clear()
+    ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     try:
-        with pytest.warns(UserWarning, match="cannot compile for this GPU"):  # which is not there
-            assert not compiles()
-        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-        found = fused(rows=1)(product)(torch.ones(2, 2), torch.ones(2), 3.0)
+        with pytest.warns(UserWarning, match="cannot compile for this GPU.*: Failed to find C compiler.$"):
+            found = fused(rows=1)(product)(ones(2, 2), ones(2), 3.0)
         torch.testing.assert_close(found, torch.full((2, 2), 4.0))
+        assert not compiles()
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+        compiles.cache_clear()
+        assert compiles()
     finally:
         compiles.cache_clear()
+
+
+def test_kernels_are_tuned_again_where_torch_compiles_again(compiled):
+    """Which it does for each state of its switches."""
+    sizes = []
+
+    def noted(rows):
+        sizes.append(len(rows))
+        return rows + 1
+
+    function = fused(rows=1)(torch._dynamo.disable(noted))
+    for deterministic in (False, True, False):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            function(torch.ones(3, 2))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert sizes == [4099, 3, 4099, 3, 3]
 
 
 def assert_gradients(function, backward, inputs, arguments=()):

@@ -100,6 +100,19 @@ def test_feed_forward_layers_with_biases_stay():
     assert not gated_layers(model) and joint_layers(model)
 
 
+class Clamped(torch.nn.Module):
+    def forward(self, states):
+        return torch.nn.functional.silu(states).clamp(max=100)
+
+
+def test_gates_that_clamp_large_states_stay():
+    layer = dense("llama").model.layers[0].mlp
+    GatedFeedForward(layer)
+    layer.act_fn = Clamped()
+    with pytest.raises(ValueError, match="something else"):
+        GatedFeedForward(layer)
+
+
 def test_stacked_weights_are_rounded_and_their_gradients_are_not_mixed(monkeypatch):
     monkeypatch.setattr(projections, "autocast_dtype", lambda states: torch.bfloat16)
     weights = [torch.randn(rows, 3, requires_grad=True) for rows in (2, 1)]

@@ -137,4 +137,35 @@ def test_copies_in_another_precision_follow_the_weights(monkeypatch):
     with torch.no_grad():
         policy.refresh()
     assert policy._joint[1].attention is kept
+    first = policy.copies["model.layers.1.self_attn.q_proj.weight"]
+    assert kept.weight.data_ptr() == first.data_ptr()  # not copied again
     assert torch.equal(kept.gain[0], model.model.layers[1].self_attn.q_norm.weight)
+
+
+def test_layers_that_do_not_suit_find_their_copies_together(monkeypatch):
+    model = dense("olmo2", head_dim=8)
+    drop_padding(model)
+    join_projections(model, feed_forward=True)
+    gated = [module for module in model.modules() if isinstance(module, projections.GatedFeedForward)]
+    assert len(gated) == 2 and not SingleTokenDecoder.suits(model)
+    monkeypatch.setattr(projections, "autocast_dtype", lambda states: torch.bfloat16)
+    policy, together = SamplingWeights(model), []
+    stacked = projections.stacked
+    monkeypatch.setattr(
+        projections, "stacked", lambda weights: together.append((weights, stacked(weights))) or together[-1][1]
+    )
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        policy.refresh()
+        torch.testing.assert_close(policy(**inputs), model(**inputs).logits[:, -1], rtol=3e-2, atol=3e-2)
+    (weights, whole), (_, anew) = together[0], together[-1]
+    assert whole.data_ptr() == weights[0].data_ptr() and torch.equal(whole, torch.cat(weights))
+    assert anew.dtype == torch.bfloat16 and len(together) == 4
+
+
+def test_weights_that_gradients_are_asked_for_are_never_taken_as_one():
+    whole = torch.randn(5, 3)
+    assert projections.stacked(list(whole.split([3, 2]))).data_ptr() == whole.data_ptr()
+    for parts in (whole.split([3, 2])[::-1], whole.clone().requires_grad_().split([3, 2]), (whole[:2], whole[3:])):
+        given = projections.stacked(list(parts))
+        assert given.data_ptr() != whole.data_ptr() and torch.equal(given, torch.cat(list(parts)))
