@@ -15,7 +15,7 @@ class Shape:
     micro_batch: int = 16  # sequences in one forward and backward
     prompt: int = 256  # tokens
     completion: int = 256  # tokens
-    generates: bool = True  # beside transformers' `generate`, which takes half a minute for a thousand tokens
+    generates: bool = True  # beside transformers' `generate`, which takes most of a minute for a thousand tokens
 
 
 _QWEN3 = {
@@ -31,7 +31,7 @@ _QWEN3_1_7B = {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144}
 SHAPES = {
     "qwen3_0_6b": Shape({**_QWEN3, "hidden_size": 1024, "intermediate_size": 3072}),
     "qwen3_1_7b": Shape(_QWEN3_1_7B),
-    # As many tokens in a forward and backward; what a step costs beside them counts less.
+    # About as many tokens in a forward and backward; what a step costs beside them counts less.
     "qwen3_1_7b_long": Shape(_QWEN3_1_7B, micro_batch=8, completion=1024, generates=False),
     # Qwen3-30B-A3B with 4 of its 48 layers.
     "qwen3_30b_a3b_4_layers": Shape(

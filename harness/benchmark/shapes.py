@@ -37,10 +37,12 @@ _UPDATE = (
     "same run, and of the vendor's data sheet; the goal is held against the latter where it is known. Memory: the most "
     "above what was held before, with weights and optimizer state in place."
 )
+# The profiler keeps each kernel of each token: of more there are several hundred thousand.
+_PROFILED_TOKENS = 256
 _PHASES = "Seconds of a rollout batch in each phase, and their shares."
 _KERNELS = (
     "Seconds that each phase keeps the GPU at work, by kinds of kernels, in one call of it under torch's profiler. "
-    "What a phase takes beyond their sum the GPU waits for the host."
+    "What a phase takes beyond their sum the GPU waits for the host. Rollouts of long completions are left out."
 )
 
 
@@ -66,7 +68,7 @@ def tables(options: Options) -> list[Table]:
         update.append(about | _update_columns(name, shape, measured, peak, options.device))
         phases.append(about | _phase_columns(measured["ours"]))
         if options.device == "cuda":
-            kernels += _kernel_rows(name, compared["ours"])
+            kernels += _kernel_rows(name, shape, compared["ours"])
         del model, measured, compared
         _release(options.device)
     numbers = {"dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth * 1e-12, "peak": peak * 1e-12}
@@ -137,10 +139,12 @@ def _phase_columns(ours: dict[str, Spread]) -> dict[str, Cell]:
     return {**seconds, **{f"{phase} share": ours[phase].median / whole for phase in phases}}
 
 
-def _kernel_rows(name: str, ours: Measure) -> list[dict[str, Cell]]:
+def _kernel_rows(name: str, shape: Shape, ours: Measure) -> list[dict[str, Cell]]:
     assert isinstance(ours, OurPhases)
     rows: list[dict[str, Cell]] = []
     for phase, work in ours.phases().items():
+        if phase == "rollout" and shape.completion > _PROFILED_TOKENS:
+            continue
         seconds = profiled(work)
         rows.append({"shape": name, "phase": phase, "all, s": sum(seconds.values()), **seconds})
     return rows

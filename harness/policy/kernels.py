@@ -207,17 +207,8 @@ def normalization_gradients(gradient: Tensor, states: Tensor, weight: Tensor, ep
     room, programs = triton.next_power_of_2(dim), min(rows, _PROGRAMS)
     of_weight = weight.new_empty(programs, dim)
     _normalization_gradients[programs,](
-        gradient,
-        states,
-        weight,
-        epsilon,
-        of_states,
-        of_weight,
-        rows,
-        dim,
-        room,
-        num_warps=_row_warps(room),
-    )
+        gradient, states, weight, epsilon, of_states, of_weight, rows, dim, room, num_warps=_row_warps(room)
+    )  # fmt: skip
     return of_states, of_weight.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""A decoded token's way through a model, without what it costs to call transformers' modules.
+"""A decoded token's way through a model, and on a GPU that of prompts, without what transformers' modules cost.
 
 With a few sequences the calls, or on a GPU the small kernels, take longer than the arithmetic. So what most models
 share is gone through here, and what they differ in is left to their modules: embeddings, attention, feed-forward layers
