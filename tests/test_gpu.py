@@ -180,7 +180,7 @@ def test_compiled_functions_give_what_they_give_uncompiled(name):
 
 @pytest.mark.parametrize(("group", "dim", "width"), [(2, 128, 128), (1, 16, 24), (5, 80, 64)])
 def test_attention_of_one_token(group, dim, width):
-    from harness.policy.kernels import attend_once
+    from harness.policy.kernels.gpu import attend_once
 
     query, seen = random(7, 3, group, dim, dtype=HALF), torch.rand(7, 200, device="cuda") > 0.3
     keys, values = random(9, 3, 256, dim, dtype=HALF), random(9, 3, 256, width, dtype=HALF)
@@ -194,7 +194,7 @@ def test_attention_of_one_token(group, dim, width):
 
 @pytest.mark.parametrize("normalizes", [False, True])
 def test_states_that_are_placed(normalizes):
-    from harness.policy.kernels import place_states
+    from harness.policy.kernels.gpu import place_states
 
     states, cos, sin = random(7, 8, D, dtype=HALF), random(7, D), random(7, D)
     gain, epsilon = (random(6, D), torch.tensor(0.1, device="cuda")) if normalizes else (None, None)
@@ -208,7 +208,7 @@ def test_states_that_are_placed(normalizes):
 
 
 def test_rows_that_are_added_and_normalised():
-    from harness.policy.kernels import add_and_normalize, normalization_gradients, sum_of_rows
+    from harness.policy.kernels.gpu import add_and_normalize, normalization_gradients, sum_of_rows
 
     states, update, weight, epsilon = random(N, D), random(N, D, dtype=HALF), random(D), random(()).abs()
     summed, normalized = add_and_normalize(states, update, weight, epsilon)

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
 def data_files(folder: Path) -> set[str]:
     """Everything below a folder that is not code, relative to it."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in found if path.suffix not in (".py", ".pyc")}
+    return {path.as_posix() for path in found if path.suffix != ".py" and "__pycache__" not in path.parts}
 
 
 def test_wheel_holds_every_configuration_entry(wheel):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
     from harness.policy.packing import Packing
 
 PADDING_FREE = "padding_free"  # the name in a model's configuration
-
-# More scores, or longer rows, take torch's kernel, which holds none for the backward pass: of so many, half are held
-# where rows are long, 16 MiB a layer.
-_SCORES, _LENGTH = 2**23, 512
-
-# Queries that see the same keys, but for each other: what follows them is left out. Softmax is slow over fewer keys.
-_BLOCK = 16
 
 # Keys at least for a decoded token: with fewer, torch's CPU kernels for softmax and small products are several times
 # slower than with as many of which some are masked.
@@ -74,64 +66,9 @@ def padding_free_attention(
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """[B, heads, L, Dv] from queries [B, heads, L, D], keys [B, key heads, L, D] and values [B, key heads, L, Dv]."""
-    batch, heads, length, _ = query.shape
-    if query.device.type == "cpu" and length <= _LENGTH and batch * heads * length**2 <= _SCORES:
-        return _ShortCausalAttention.apply(query, key, value, scaling)
     return nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
-
-
-class _ShortCausalAttention(torch.autograd.Function):
-    """Softmax attention that keeps its weights: torch's CPU kernel computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        (batch, heads, length, _), groups = query.shape, key.shape[1]
-        key, value = key.flatten(0, 1), value.flatten(0, 1)
-        saved, outputs = [key, value], []
-        for start, end in _blocks(length):
-            block = _stacked(query[:, :, start:end], groups)
-            hidden = query.new_full((end - start, end), -torch.inf).triu(1 + start).repeat(heads // groups, 1)
-            scores = torch.baddbmm(hidden, block, key[:, :end].transpose(1, 2), alpha=scaling)
-            weights = scores.softmax(-1)
-            outputs.append(torch.bmm(weights, value[:, :end]).view(batch, heads, end - start, -1))
-            saved += [block, weights]
-        ctx.save_for_backward(*saved)
-        ctx.scaling, ctx.shape = scaling, (batch, heads, groups, length)
-        return _joined(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        key, value, *saved = ctx.saved_tensors
-        batch, heads, groups, length = ctx.shape
-        of_query, of_key, of_value = [], torch.zeros_like(key), torch.zeros_like(value)
-        for (start, end), block, weights in zip(_blocks(length), saved[::2], saved[1::2], strict=True):
-            given = _stacked(gradient[:, :, start:end], groups)
-            of_weights = torch.bmm(given, value[:, :end].transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-            of_query.append(torch.bmm(of_scores, key[:, :end]).view(batch, heads, end - start, -1))
-            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), block)
-            of_value[:, :end] += torch.bmm(weights.transpose(1, 2), given)
-        grouped = (batch, groups, length, -1)
-        return _joined(of_query), of_key.view(grouped), of_value.view(grouped), None
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """The first query of each block, and one past its last."""
-    ends = [*range(_BLOCK, length - _BLOCK // 2, _BLOCK), length]
-    return list(zip([0, *ends], ends, strict=False))
-
-
-def _stacked(states: Tensor, groups: int) -> Tensor:
-    """[B x groups, heads / groups x L, D] from [B, heads, L, D]: below each other those that share a key head."""
-    return states.reshape(len(states) * groups, -1, states.shape[-1])
-
-
-def _joined(blocks: list[Tensor]) -> Tensor:
-    """[B, heads, L, D] from blocks of it; in memory all heads of a token are together, as projections want them."""
-    return torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
 def decoding_mask(present: Tensor) -> Tensor:

@@ -5,14 +5,20 @@ computed in float32, one expert after the other, on a GPU that multiplies bfloat
 in closed form, and a token's experts are added up while they are gathered.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from harness.policy import one_core
+from harness.policy.kernels import MULTIPLE, arrays, on_one_core
 
 # Names in a model's configuration.
 AUTOCAST_GROUPED_MM = "autocast_grouped_mm"
@@ -32,13 +38,15 @@ def use_closed_form(model: PreTrainedModel) -> None:
     That is tried: experts with biases, or with another gate than plain SwiGLU, do not.
     """
     stacked = [module for module in model.modules() if isinstance(getattr(module, "down_proj", None), nn.Parameter)]
-    if model.config._experts_implementation == "grouped_mm" and stacked and all(map(_is_closed_form, stacked)):
+    if model.config._experts_implementation == "grouped_mm" and stacked and all(map(_gives_the_same, stacked)):
         model.set_experts_implementation(CLOSED_FORM)
 
 
-def _is_closed_form(experts: nn.Module) -> bool:
+def _gives_the_same(experts: nn.Module) -> bool:
     down: Any = experts.down_proj
     try:
+        if not _fits(experts):
+            return False
         hidden = torch.linspace(-1, 1, 3 * down.shape[1]).view(3, -1)
         chosen = torch.tensor([[0, 1], [1, 0], [len(down) - 1, 0]])
         weights = torch.linspace(0.2, 0.8, 6).view(3, 2)
@@ -85,57 +93,39 @@ class _Cast:
 
 def closed_form_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Experts with SwiGLU (arXiv 2002.05202) and without biases; arguments and result as above."""
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not (on_one_core(hidden) and _fits(experts)):
         return autocast_grouped_mm(experts, hidden, chosen, weights)
     arguments: Any = (hidden, chosen, weights, experts.gate_up_proj, experts.down_proj)
-    return _Experts.apply(*arguments) if torch.is_grad_enabled() else _combine(*arguments)[0]
+    return one_core.Experts.apply(*arguments, _TRANSPOSED.get() or _transposes(experts))
 
 
-def _combine(
-    hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What the chosen experts give, and what the gradient needs; in the order of the experts there are S = tokens x k
-    rows. No gradients."""
-    order = chosen.flatten().argsort(stable=True)
-    tokens = order // chosen.shape[1]
-    ends = chosen.flatten().bincount(minlength=len(down)).cumsum(0).int()
-    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order))).view(chosen.shape)
-    inputs = hidden.index_select(0, tokens)
-    projected = functional.grouped_mm(inputs, gate_up.mT, offs=ends)
-    gate, up = projected.chunk(2, -1)
-    gated = functional.silu(gate)
-    inner = gated * up
-    outputs = functional.grouped_mm(inner, down.mT, offs=ends)
-    combined = functional.embedding_bag(places, outputs, mode="sum", per_sample_weights=weights)
-    return combined, (order, tokens, ends, places, inputs, projected, gated, inner)
+_TRANSPOSED: ContextVar[Sequence[np.ndarray]] = ContextVar("transposed", default=())
 
 
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        combined, kept = _combine(hidden, chosen, weights, gate_up, down)
-        ctx.save_for_backward(weights, gate_up, down, *kept)
-        return combined
+def transposes(experts: nn.Module) -> Sequence[np.ndarray]:
+    """What is computed from the weights alone of experts in closed form; none of others."""
+    return _transposes(experts) if on_one_core(next(experts.parameters())) and _fits(experts) else ()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
-        weights, gate_up, down, order, tokens, ends, places, inputs, projected, gated, inner = ctx.saved_tensors
-        gradient = gradient.index_select(0, tokens)
-        of_inner = functional.grouped_mm(gradient, down, offs=ends)  # but for the weights
-        of_weights = torch.linalg.vecdot(of_inner, inner)[places]
-        # Rows of the inner size are the smaller ones to multiply by the weights.
-        scale = weights.flatten().index_select(0, order).unsqueeze(1)
-        of_down = functional.grouped_mm(gradient.t(), inner * scale, offs=ends)
-        of_inner *= scale
-        gate, up = projected.chunk(2, -1)
-        of_projected = torch.empty_like(projected)
-        of_gate, of_up = of_projected.chunk(2, -1)
-        torch.mul(of_inner, gated, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
-        of_inputs = functional.grouped_mm(of_projected, gate_up, offs=ends)
-        of_gate_up = functional.grouped_mm(of_projected.t(), inputs, offs=ends)
-        return functional.embedding_bag(places, of_inputs, mode="sum"), None, of_weights, of_gate_up, of_down
+
+def _transposes(experts: Any) -> Sequence[np.ndarray]:
+    return arrays(experts.gate_up_proj.mT, experts.down_proj.mT)
+
+
+@contextmanager
+def transposed(weights: Sequence[np.ndarray]) -> Iterator[None]:
+    """Let experts that are called inside take these for what :func:`transposes` gives."""
+    token = _TRANSPOSED.set(weights)
+    try:
+        yield
+    finally:
+        _TRANSPOSED.reset(token)
+
+
+def _fits(experts: Any) -> bool:
+    """Whether the weights are laid out as kernels take them, in sizes that these take."""
+    count, width, size = experts.down_proj.shape
+    fit = experts.gate_up_proj.shape == (count, 2 * size, width) and not (width % MULTIPLE or size % MULTIPLE)
+    return fit and experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.float32
 
 
 ALL_EXPERTS_FUNCTIONS.register(AUTOCAST_GROUPED_MM, autocast_grouped_mm)

@@ -17,7 +17,7 @@ from harness.policy.architecture import unreadable
 from harness.policy.experts import follow_autocast, use_closed_form
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
-from harness.policy.products import favours_onednn, use_onednn
+from harness.policy.products import choose_products
 from harness.policy.projections import join_projections
 
 
@@ -78,11 +78,11 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
 
     Numbers change by rounding alone: what a layer is replaced by is tried against it.
     """
-    if device == "cpu" and favours_onednn():
-        use_onednn(model)
+    if device == "cpu":
+        choose_products(model)
     fuse_normalization(model)
     drop_padding(model)
-    join_projections(model, feed_forward=device == "cuda")
+    join_projections(model, feed_forward=True)
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)

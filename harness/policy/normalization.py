@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from harness.policy import one_core
 from harness.policy.fusion import autocast_dtype, compiles, fused
+from harness.policy.kernels import on_one_core
 
 
 class RMSNorm(nn.Module):
@@ -39,36 +41,10 @@ class RMSNorm(nn.Module):
             normalized = _FusedRMSNorm.apply(*given) if torch.is_grad_enabled() else _normalize(*given)
             return normalized.view(states.shape)
         states = states.to(self.weight.dtype)  # torch has no kernel for two precisions
-        if states.device.type != "cpu":
-            return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
-        if torch.is_grad_enabled():
-            return _RMSNorm.apply(states, self.weight, self.constant)
-        return (states * inverse_rms(states, self.constant)).mul_(self.weight)
-
-
-def inverse_rms(states: Tensor, epsilon: Tensor) -> Tensor:
-    """[..., 1], one over the root mean square of states [..., D]."""
-    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    return torch.addcmul(epsilon, norm, norm, value=1 / states.shape[-1]).rsqrt_()
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
-        scale = inverse_rms(states, epsilon)
-        normalized = states * scale
-        ctx.save_for_backward(normalized, weight, scale)
-        return normalized * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalized, weight, scale = ctx.saved_tensors
-        product = (gradient * normalized).flatten(0, -2)
-        # Along the vector itself nothing passes, since its length is divided out.
-        along = torch.mv(product, weight).div_(len(weight)).view(scale.shape)
-        of_states = torch.addcmul(gradient * weight, normalized, along, value=-1).mul_(scale)
-        return of_states, product.sum(0), None
+        if on_one_core(states):
+            rows = states.reshape(-1, states.shape[-1])
+            return one_core.Normalization.apply(rows, self.weight, self.epsilon).view(states.shape)
+        return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)
 
 
 @fused(rows=1)
@@ -103,7 +79,7 @@ class _FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         differentiate = _normalize_backward
         if gradient.is_cuda and compiles():
-            from harness.policy.kernels import normalization_gradients as differentiate
+            from harness.policy.kernels.gpu import normalization_gradients as differentiate
         return *differentiate(gradient, *ctx.saved_tensors), None, None
 
 

@@ -7,6 +7,7 @@ Where tokens are is worked out in host memory and then sent to the device, so th
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class Packing:
         layout = _packed(batch, columns) if padding_free else _all(columns)
         self.completion = send(layout.tokens[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
-        self._layout = layout.to(device)
+        self._layout, self._device = layout, device
+        self._tokens, self._positions = send(layout.tokens, device), send(layout.positions, device)
         self.inputs: dict[str, Any]
         if not padding_free:
             self.inputs = {"input_ids": send(batch.input_ids, device)}
@@ -60,24 +62,34 @@ class Packing:
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """[N, ...] from those of the batch's positions [B, L, ...]: of equal ones that of one row."""
-        return values.flatten(0, 1).index_select(0, self._layout.positions)
+        return values.flatten(0, 1).index_select(0, self._positions)
 
     def of_positions(self, values: Tensor) -> Tensor:
         """[B, L, ...] from those of the tokens [N, ...]; where no token is, that of a filling one."""
-        return values[self._layout.tokens]
+        return values[self._tokens]
 
     def of_completions(self, values: Tensor) -> Tensor:
         """[B, T] from those of the M completion tokens, 0 where masked."""
         zeros = values.new_zeros(self._completions_shape.numel())
         return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
 
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, L] the token at each place of the rows for attention, [R] where those begin that no earlier row has, and
+        [R] one past the last."""
+        return self._layout.rows.view(-1, self._shape[1]), self._layout.begins, self._layout.ends
+
+    @cached_property
+    def _scattering(self) -> "_Scattering":
+        """Worked out where it is asked for: kernels that read tokens where they are do not."""
+        return _Scattering.of(self._layout).to(self._device)
+
     def in_rows(self, tokens: Tensor) -> Tensor:
         """[R, L, ...] from [N, ...]: each token behind what comes before it."""
-        return _InRows.apply(tokens, self._layout).unflatten(0, (-1, self._shape[1]))
+        return _InRows.apply(tokens, self._scattering).unflatten(0, (-1, self._shape[1]))
 
     def in_one(self, rows: Tensor) -> Tensor:
         """[N, ...] from [R, L, ...]."""
-        return _InOne.apply(rows.flatten(0, 1), self._layout)
+        return _InOne.apply(rows.flatten(0, 1), self._scattering)
 
 
 @dataclass
@@ -90,24 +102,58 @@ class _Layout:
         token      p q x y u .
         tokens     0 1 2 3   0 1 2 5   0 1 4 5
         positions  0 1 2 3 10 0
-        places     0 1 2 3 6 0
         rows       0 1 2 3   0 1 4 5
-        owner      0 1 2 3   5 5 4 5
-        copies     0 4   1 5   2   3   6
-        starts     0 2 4 5 6 7
+        begins     0 2
+        ends       4 3
+
+    All are in host memory.
     """
 
     tokens: Tensor  # [B, L] of each position the token, the first filling one where there is none
     positions: Tensor  # [N] of each token one of its positions; of filling ones any
-    places: Tensor  # [N] the same position in the rows for attention
     rows: Tensor  # [R x L] of each position in those rows the token, the first filling one where there is none
-    owner: Tensor  # [R x L] of each token's place the token, of others the first filling one
+    begins: Tensor  # [R] the first place of each of those rows whose token is there for it, as all after it are
+    ends: Tensor  # [R] one past the last place of each
+
+
+@dataclass
+class _Scattering:
+    """What it takes to set tokens in rows and back, gradients too. Of the rows above:
+
+    places     0 1 2 3 6 0
+    owner      0 1 2 3   5 5 4 5
+    copies     0 4   1 5   2   3   6
+    starts     0 2 4 5 6 7
+    """
+
+    rows: Tensor  # as above
+    places: Tensor  # [N] of each token the position in the rows for attention where it is there for them
+    owner: Tensor  # [R x L] of each such place the token, of others the first filling one
     copies: Tensor  # of the first token all positions in those rows, then of the second and so on; of filling ones none
     starts: Tensor  # [N] where in ``copies`` those of each token begin
 
-    def to(self, device: torch.device) -> "_Layout":
+    @classmethod
+    def of(cls, layout: _Layout) -> "_Scattering":
+        """In host memory."""
+        rows, every = layout.rows, len(layout.positions)
+        columns = torch.arange(len(rows) // len(layout.begins))
+        own = (columns >= layout.begins.unsqueeze(1)) & (columns < layout.ends.unsqueeze(1))
+        places = own.flatten().nonzero().squeeze(1)
+        count = len(places)
+        owner = torch.full_like(rows, count).index_copy_(0, places, rows[places])
+        copies = rows.argsort(stable=True)[: int((rows < count).sum())]
+        counts = rows.bincount(minlength=count)[:count]
+        return cls(
+            rows=rows,
+            places=functional.pad(places, (0, every - count)),
+            owner=owner,
+            copies=copies,
+            starts=functional.pad(counts.cumsum(0) - counts, (0, every - count), value=len(copies)),
+        )
+
+    def to(self, device: torch.device) -> "_Scattering":
         """On another device."""
-        return _Layout(*(send(getattr(self, field.name), device) for field in fields(self)))
+        return _Scattering(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
 def _packed(batch: Batch, columns: Tensor) -> _Layout:
@@ -126,25 +172,20 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
     owner = torch.full(own.shape, count)
     owner[own] = torch.arange(count)
     tokens = torch.where(first < 0, count, owner[first, columns])
-    rows, owner = tokens[attending].flatten(), owner[attending].flatten()
-    copies = rows.argsort(stable=True)[: int((rows < count).sum())]
-    counts = rows.bincount(minlength=count)[:count]
-    filling = MULTIPLE - count % MULTIPLE
     return _Layout(
         tokens=tokens,
-        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, filling)),
-        places=functional.pad(own[attending].flatten().nonzero().squeeze(1), (0, filling)),
-        rows=rows,
-        owner=owner,
-        copies=copies,
-        starts=functional.pad(counts.cumsum(0) - counts, (0, filling), value=len(copies)),
+        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, MULTIPLE - count % MULTIPLE)),
+        rows=tokens[attending].flatten(),
+        begins=own[attending].int().argmax(1),
+        ends=(first[attending] >= 0).sum(1),
     )
 
 
 def _all(columns: Tensor) -> _Layout:
     """All positions, as they are; attention keeps its rows."""
-    every = torch.arange(columns.numel())
-    return _Layout(every.view(columns.shape), *[every] * 6)
+    every, rows = torch.arange(columns.numel()), len(columns)
+    ends = torch.full((rows,), columns.shape[1])
+    return _Layout(every.view(columns.shape), every, every, torch.zeros_like(ends), ends)
 
 
 class _InOne(torch.autograd.Function):
@@ -155,7 +196,7 @@ class _InOne(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: _Layout) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, layout: _Scattering) -> Tensor:
         ctx.layout = layout
         return rows.index_select(0, layout.places)
 
@@ -169,7 +210,7 @@ class _InRows(torch.autograd.Function):
     """[R x L, ...] from [N, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, layout: _Layout) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, layout: _Scattering) -> Tensor:
         ctx.layout = layout
         return tokens.index_select(0, layout.rows)
 
@@ -178,7 +219,7 @@ class _InRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layout, rows = ctx.layout, gradient.flatten(1)
         if rows.is_cuda and compiles():
-            from harness.policy.kernels import sum_of_rows
+            from harness.policy.kernels.gpu import sum_of_rows
 
             summed = sum_of_rows(rows, layout.copies, layout.starts)
         else:

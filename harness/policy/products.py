@@ -1,4 +1,4 @@
-"""Matrix products in float32 on a CPU, by the faster of the two libraries that torch has for them.
+"""Matrix products in float32 on a CPU: small ones by kernels of our own, others by the faster of torch's two libraries.
 
 torch takes MKL, which keeps its kernels for registers of 512 bits to Intel's processors: on AMD's that have such
 registers it reaches less than half of what oneDNN does.
@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.machine import device_name
+from harness.policy.kernels import arrays, takes_products
 
 # Passes without padding fill up their tokens to the next multiple of this, so that the shapes of products come again.
 MULTIPLE = 64
@@ -32,7 +33,14 @@ def favours_onednn() -> bool:
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by the library that is faster. No gradients."""
+    """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by whatever is fastest. No gradients."""
+    if takes_products(left, *right.shape):
+        from harness.policy.kernels.cpu import products
+
+        rows = left.reshape(-1, left.shape[-1])
+        out = torch.empty(len(rows), len(right))
+        products.linear(*arrays(rows, right, torch.empty(0) if bias is None else bias, out))
+        return out.view(*left.shape[:-1], -1)
     if favours_onednn() and _pays(left, len(right)):
         return onednn_product(left, right, bias)
     return functional.linear(left, right, bias)
@@ -46,7 +54,7 @@ def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> T
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
-def use_onednn(model: PreTrainedModel) -> None:
+def choose_products(model: PreTrainedModel) -> None:
     """Put :class:`Linear` in the place of a model's linear layers."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
@@ -54,7 +62,7 @@ def use_onednn(model: PreTrainedModel) -> None:
 
 
 class Linear(nn.Linear):
-    """A linear layer by oneDNN, where that is faster."""
+    """A linear layer by whatever is fastest."""
 
     def __init__(self, layer: nn.Linear) -> None:
         """Takes over the weights of ``layer``."""
@@ -63,18 +71,17 @@ class Linear(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D_out] from [..., D_in]."""
-        if not _pays(states, self.out_features):
-            return functional.linear(states, self.weight, self.bias)
-        if torch.is_grad_enabled():
-            return _Linear.apply(states, self.weight, self.bias)
-        return onednn_product(states, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return product(states, self.weight, self.bias)
+        ours = takes_products(states, *self.weight.shape) or favours_onednn() and _pays(states, self.out_features)
+        return (_Linear.apply if ours else functional.linear)(states, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return onednn_product(states, weight, bias)
+        return product(states, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -83,14 +90,20 @@ class _Linear(torch.autograd.Function):
         of_states, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
-            onednn_product(gradient, weight.t()) if of_states else None,
+            product(gradient, weight.t()) if of_states else None,
             sum_of_outer_products(rows, states.reshape(-1, states.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
 
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor:
-    """[M, N] from [K, M] and [K, N], by the library that is faster. No gradients."""
+    """[M, N] from [K, M] and [K, N], by whatever is fastest. No gradients."""
+    if takes_products(left, left.shape[1], right.shape[1]):
+        from harness.policy.kernels.cpu import products
+
+        out = torch.zeros(left.shape[1], right.shape[1])
+        products.outer(*arrays(left, right, out))
+        return out
     if left.device.type != "cpu" or left.dtype != torch.float32 or not favours_onednn():
         return left.t() @ right
     # The left one is copied, and the smaller one is the faster to copy.

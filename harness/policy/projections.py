@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 from transformers import Cache, PreTrainedModel
 
+from harness.policy import one_core
 from harness.policy.attention import causal_attention, is_padding_free, padding_free_attention
 from harness.policy.fusion import autocast_dtype, fused
-from harness.policy.normalization import RMSNorm, inverse_rms
+from harness.policy.kernels import on_one_core, takes_heads, takes_products
+from harness.policy.normalization import RMSNorm
 from harness.policy.packing import Packing, packed_states
-from harness.policy.products import product, sum_of_outer_products
 
 # [B, L, 1, D] cosine and sine of each place in a head.
 Rotation = tuple[Tensor, Tensor]
@@ -126,28 +127,21 @@ class JointAttention(nn.Module):
             packing: where tokens of a pass without padding belong.
             settings: for transformers' attention functions.
         """
-        states = self._states(hidden, joint, rotation)
+        fits = takes_heads(self.head_dim) and rotation[0].shape[-1] == self.head_dim
+        if packing is not None and fits and on_one_core(hidden):
+            arguments = (hidden[0], *joint, *(part[0, :, 0] for part in rotation))
+            attended = one_core.Attention.apply(*arguments, self.sizes, self.scaling, packing)
+            return self.o_proj(attended.unsqueeze(0))
+        states = _turned(hidden, joint, rotation, self.sizes)
         if packing is not None:
-            query, key, value = self._split([packing.in_rows(part[0]) for part in states])
+            query, key, value = (packing.in_rows(part[0]).transpose(1, 2) for part in states)
             rows = causal_attention(query, key, value, self.scaling).transpose(1, 2)
             return self.o_proj(packing.in_one(rows).flatten(1).unsqueeze(0))
-        query, key, value = self._split(states)
+        query, key, value = (part.transpose(1, 2) for part in states)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attended, _ = padding_free_attention(self, query, key, value, mask, self.scaling, **settings)
         return self.o_proj(attended.flatten(2))
-
-    def _states(self, hidden: Tensor, joint: Joint, rotation: Rotation) -> Sequence[Tensor]:
-        """Queries, keys and values [B, L, heads, D], those before values turned, in one tensor or in three."""
-        if autocast_dtype(hidden) is not None:
-            return _turned(hidden, joint, rotation, self.sizes)
-        arguments = (hidden, *joint, *rotation, self.sizes[0] + self.sizes[1])
-        return [_Projections.apply(*arguments) if torch.is_grad_enabled() else _project(*arguments)[0]]
-
-    def _split(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
-        """[B, heads, L, D] of queries, keys and values [B, L, heads, D] in one tensor or in three."""
-        parts = states[0].split(self.sizes, 2) if len(states) == 1 else states
-        return [part.transpose(1, 2) for part in parts]
 
 
 def _check_arithmetic(layer: Any) -> None:
@@ -162,60 +156,6 @@ def _check_arithmetic(layer: Any) -> None:
         raise ValueError("states are clipped, large ones alone")
     if "llama_4_scaling_beta" in (getattr(layer.config, "rope_parameters", None) or {}):
         raise ValueError("queries are scaled, far from the beginning alone")
-
-
-def _project(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    epsilon: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    rotated: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """States [B, L, heads, D] of which the first are normalised and rotated; and for the gradient their direction and
-    one over their root mean square. No gradients."""
-    states = product(hidden, weight, bias).unflatten(-1, (-1, cos.shape[-1]))
-    turned = gained = states[..., :rotated, :]
-    direction, scale = None, None
-    if gain is not None and epsilon is not None:
-        scale = inverse_rms(turned, epsilon)
-        direction = turned * scale
-        gained = direction * gain
-    torch.addcmul(gained.roll(cos.shape[-1] // 2, -1).mul_(sin), gained, cos, out=turned)
-    return states, direction, scale
-
-
-class _Projections(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        states, direction, scale = _project(*arguments)
-        hidden, weight, bias, gain, _, cos, sin, ctx.rotated = arguments
-        ctx.save_for_backward(hidden, weight, bias, gain, direction, scale, cos, sin)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, gain, direction, scale, cos, sin = ctx.saved_tensors
-        of_states = gradient.clone(memory_format=torch.contiguous_format)
-        turned = of_states[..., : ctx.rotated, :]
-        of_gained = torch.addcmul((turned * sin).roll(cos.shape[-1] // 2, -1), turned, cos)
-        of_gain = None
-        if gain is None:
-            turned.copy_(of_gained)
-        else:
-            along = of_gained * direction
-            of_gain = along.flatten(0, -3).sum(0)
-            # Along the vector itself nothing passes, since its length is divided out.
-            along = along.mul_(gain).mean(-1, keepdim=True)
-            torch.mul(of_gained.mul_(gain).addcmul_(direction, along, value=-1), scale, out=turned)
-        of_states = of_states.flatten(-2)
-        rows = of_states.flatten(0, -2)
-        of_weight = sum_of_outer_products(rows, hidden.flatten(0, -2))
-        of_bias = None if bias is None else rows.sum(0)
-        return product(of_states, weight.t()), of_weight, of_bias, of_gain, None, None, None, None
 
 
 class GatedFeedForward(nn.Module):
@@ -235,7 +175,7 @@ class GatedFeedForward(nn.Module):
         # By itself, since a gate may be clamped where small states do not come.
         weight = self.gate_proj.weight
         probe = torch.linspace(-1e3, 1e3, 3 * weight.shape[1], device=weight.device).view(1, 3, -1)
-        expected = given(probe)
+        expected = given(probe).detach()
         if not torch.allclose(self(probe), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise ValueError("it computes something else")
 
@@ -253,6 +193,8 @@ class GatedFeedForward(nn.Module):
 
     def feed(self, states: Tensor, joint: Tensor) -> Tensor:
         """[..., H] from [..., H], by what :meth:`joint` gave."""
+        if takes_products(states, *joint.shape, *self.down_proj.weight.shape):
+            return one_core.FeedForward.apply(states, joint, self.down_proj.weight)
         both = linear(states, joint)
         rows = both.flatten(0, -2)
         gated = _Gated.apply(rows) if torch.is_grad_enabled() else _gate(rows)
@@ -329,7 +271,7 @@ class _Stacked(torch.autograd.Function):
 
 
 def _turned(hidden: Tensor, joint: Joint, rotation: Rotation, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Queries, keys and values [B, L, heads, D], the first two normalised and rotated, in autocast's precision."""
+    """Queries, keys and values [B, L, heads, D], the first two normalised and rotated."""
     cos, sin = (part.expand(*hidden.shape[:2], -1, -1).flatten(0, 1) for part in rotation)
     states = linear(hidden, joint.weight, joint.bias).flatten(0, 1).unflatten(-1, (-1, cos.shape[-1]))
     arguments = (states, cos, sin, joint.gain, joint.epsilon, sizes[0], sizes[1])

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from harness.policy.kernels import MULTIPLE
 
 
 class SlotLayer(DynamicLayer):
@@ -18,7 +21,7 @@ class SlotLayer(DynamicLayer):
     def __init__(self, rows: int, columns: int) -> None:
         """Room for so many tokens of so many sequences."""
         super().__init__()
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns = rows, -(-columns // MULTIPLE) * MULTIPLE
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -26,6 +29,8 @@ class SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = (self._buffer(states) for states in (key_states, value_states))
+            if self.keys.device.type == "cpu":  # transposed in memory, as decoded tokens read them fastest
+                self.keys = self.keys.view(*self.keys.shape[:2], -1, self.columns).transpose(2, 3)
         assert self.keys is not None and self.values is not None
         rows, end = key_states.shape[0], self.length + key_states.shape[2]
         self.keys[:rows, :, self.length : end] = key_states
@@ -37,6 +42,11 @@ class SlotLayer(DynamicLayer):
         """Keys and values [n, heads, length, dim] so far."""
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def buffers(self) -> tuple[np.ndarray, np.ndarray]:
+        """All keys [rows, heads, dim, columns] and values [rows, heads, columns, dim] in host memory."""
+        assert self.keys is not None and self.values is not None
+        return self.keys.transpose(2, 3).numpy(), self.values.numpy()
 
     def get_seq_length(self) -> int:
         """Tokens held for each row."""
@@ -54,7 +64,8 @@ class SlotLayer(DynamicLayer):
         kind = states.device.type
         # Attention would cast them at every token.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        return states.new_empty(self.rows, heads, self.columns, dim, dtype=dtype)
+        # Zeros: kernels read to the end of a register, and what is masked there is still multiplied.
+        return states.new_zeros(self.rows, heads, self.columns, dim, dtype=dtype)
 
 
 class FixedLayer(DynamicLayer):

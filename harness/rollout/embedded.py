@@ -21,6 +21,7 @@ from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import SlotCache
 from harness.rollout.decoding import Completions, Prompts, each_sees_one, lives, sample
 from harness.rollout.graphs import GraphDecoder, can_record
+from harness.rollout.one_core import OneCoreDecoder
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
 
@@ -51,7 +52,8 @@ class EmbeddedEngine:
         self.model, self.config, self.ends, self.pad, self.max_tokens = model, config, ends, pad, max_tokens
         self.routing = Routing(model) if record_routes else None
         self.device = model.device
-        self.policy = SingleTokenDecoder(model) if SingleTokenDecoder.suits(model) else SamplingWeights(model)
+        decoders = (kind for kind in (OneCoreDecoder, SingleTokenDecoder) if kind.suits(model))
+        self.policy = next(decoders, SamplingWeights)(model)
         self.graphs: GraphDecoder | None = None
         if config.cuda_graphs and self.device.type == "cuda" and can_record(model):
             self.graphs = GraphDecoder(self.policy, config.temperature, ends, pad, self.routing, uncharged)

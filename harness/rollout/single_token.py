@@ -7,7 +7,6 @@ or experts, normalisation.
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +14,13 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
-from harness.policy.attention import decoding_mask
 from harness.policy.fusion import compiles
 from harness.policy.loading import decoder
 from harness.policy.normalization import RMSNorm
 from harness.policy.projections import GatedFeedForward, Joint, JointAttention, Rotation, half_turned
-from harness.rollout.cache import FixedLayer, SlotCache
-from harness.rollout.decoding import each_sees_one
+from harness.rollout.cache import FixedLayer
+from harness.rollout.trial import gives_the_same
 from harness.rollout.weights import SamplingWeights
-
-# What was found out about models that are still there: every evaluation asks again.
-_SUITED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 class SingleTokenDecoder(SamplingWeights):
@@ -50,19 +45,7 @@ class SingleTokenDecoder(SamplingWeights):
     @classmethod
     def suits(cls, model: PreTrainedModel) -> bool:
         """Whether the model has the layers that are gone through here, which is tried once."""
-        if model not in _SUITED:
-            _SUITED[model] = cls._gives_the_same(model)
-        return _SUITED[model]
-
-    @classmethod
-    @torch.no_grad()
-    def _gives_the_same(cls, model: PreTrainedModel) -> bool:
-        if not any(isinstance(module, JointAttention) for module in model.modules()):
-            return False
-        try:
-            return torch.allclose(_probe(cls(model)), _probe(SamplingWeights(model)), rtol=1e-3, atol=1e-3)
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # layers of other parts
-            return False
+        return gives_the_same(cls, model)
 
     def __call__(self, **inputs: Any) -> Tensor:
         """Logits [n, V] of each row's next token."""
@@ -101,7 +84,7 @@ def _attend(
     held = cache.layers[attention.layer_idx]
     if mask is None or not (isinstance(held, FixedLayer) and _in_kernels(held.states[0])):
         return attention.attend(states, joint, rotation, mask, cache)
-    from harness.policy.kernels import attend_once, place_states
+    from harness.policy.kernels.gpu import attend_once, place_states
 
     projected = linear(states[:, 0], joint.weight, joint.bias).unflatten(-1, (-1, attention.head_dim))
     (cos, sin), (keys, values) = (part.reshape(len(states), -1) for part in rotation), held.states
@@ -113,7 +96,7 @@ def _attend(
 def _add(states: Tensor, update: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The sum, and the same normalised."""
     if isinstance(norm, RMSNorm) and _in_kernels(update):
-        from harness.policy.kernels import add_and_normalize
+        from harness.policy.kernels.gpu import add_and_normalize
 
         rows = (states.flatten(0, -2), update.flatten(0, -2))
         summed, normalized = add_and_normalize(*rows, norm.weight, norm.constant)
@@ -148,25 +131,3 @@ class _Through(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         return self.function(*arguments)
-
-
-def _probe(policy: SamplingWeights) -> Tensor:
-    """Logits [2, V] after two prompts of different length and two more tokens."""
-    policy.refresh()
-    config, device = policy.model.config, policy.model.device
-    tokens = torch.arange(10, device=device).remainder(config.get_text_config().vocab_size).view(2, 5)
-    present = torch.ones(2, 5, dtype=torch.bool, device=device)
-    present[1, 0] = False
-    positions = (present.cumsum(1) - 1).clamp(min=0)
-    cache, logits = SlotCache(config, rows=2, columns=5), torch.empty(0)
-    for start, end in ((0, 3), (3, 4), (4, 5)):
-        mask = decoding_mask(present[:, :end]) if start else each_sees_one(present[:, :end])
-        logits = policy(
-            input_ids=tokens[:, start:end],
-            attention_mask=mask,
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    return logits

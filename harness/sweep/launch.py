@@ -25,7 +25,8 @@ from harness.sweep.slots import slot
 from harness.torch_setup import set_up_environment
 
 # What a cell imports; where one of them is missing, the cell will say so.
-_PRELOADED = ["harness.trainer", "harness.evaluation.policy_lm", "lm_eval.evaluator", "reasoning_gym", "tensorboard"]
+_PRELOADED = ["harness.trainer", "harness.policy.kernels.cpu", "harness.evaluation.policy_lm"]
+_PRELOADED += ["lm_eval.evaluator", "reasoning_gym", "tensorboard"]
 _PATIENCE = 30.0  # seconds that a cell gets to end when it is told to
 _AT_WORK = threading.Lock()  # held while a cell is under way
 _TAIL = 4000  # bytes of log.txt that stand in for the traceback of a process that could not leave one

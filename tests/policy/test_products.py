@@ -1,4 +1,4 @@
-"""Products by oneDNN are the products, gradients too, and are made where they are faster."""
+"""Products by oneDNN and by our own kernels are the products, gradients too, and are made where they are faster."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from harness.policy import products
-from harness.policy.products import MULTIPLE, Linear, favours_onednn, product, use_onednn
+from harness.policy.kernels import WIDEST, takes_products
+from harness.policy.products import MULTIPLE, Linear, choose_products, favours_onednn, product
 from tests.policy.conftest import fresh
 from tests.policy.test_packing import assert_same, passes
 
@@ -23,6 +24,8 @@ def calls(monkeypatch):
         return multiply(left, right, bias)
 
     monkeypatch.setattr(products, "onednn_product", counted)
+    monkeypatch.setattr(products, "takes_products", lambda *given: False)
+    monkeypatch.setattr(products, "favours_onednn", lambda: True)
     monkeypatch.setattr(products, "_RECURRING", 0)
     return multiplied
 
@@ -150,7 +153,39 @@ def test_a_model_gives_the_same_with_them(calls, name, batch):
     model = fresh(name)
     expected = passes(model, batch)
     assert not calls
-    use_onednn(model)
+    choose_products(model)
     assert_same(passes(model, batch), expected)
     assert calls
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.fixture
+def one_core():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 3, 70)])
+def test_kernels_of_our_own_give_values_and_gradients_of_torch(one_core, monkeypatch, rows, bias):
+    monkeypatch.setattr(functional, "linear", None)
+    monkeypatch.setattr(products, "onednn_product", None)
+    plain, ours = layers(48, 32, bias)
+    states = torch.linspace(-1, 2, torch.Size(rows).numel() * 48).view(*rows, 48)
+    given, exact = states.clone().requires_grad_(), states.double().requires_grad_()
+    values, expected = ours(given), exact @ plain.weight.double().t() + (plain.bias.double() if bias else 0)
+    weight = torch.linspace(-2, 1, values.numel()).view(values.shape)
+    (values * weight).sum().backward()
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+    for parameter, right in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, right.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_which_products_kernels_of_our_own_take(one_core):
+    states = torch.zeros(2, 16)
+    assert takes_products(states, 16, WIDEST) and not takes_products(states, 16, 2 * WIDEST)
+    assert not takes_products(states, 24, 16) and not takes_products(states.double(), 16, 16)

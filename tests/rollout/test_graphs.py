@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from harness.config import compose
 from harness.errors import ConfigError
+from harness.policy import normalization
 from harness.policy.attention import _products, is_padding_free
 from harness.policy.experts import AUTOCAST_GROUPED_MM, follow_autocast
 from harness.policy.logprobs import completion_logprobs
@@ -94,7 +95,8 @@ def model(request):
 
 @pytest.fixture(autouse=True)
 def _small_graphs(monkeypatch):
-    """So that sequences that end leave, and graphs of several sizes take turns."""
+    """So that sequences that end leave, and graphs of several sizes take turns; with operations of torch alone."""
+    monkeypatch.setattr(normalization, "on_one_core", lambda states: False)
     monkeypatch.setattr(graphs, "_LOOK", 2)
     monkeypatch.setattr(graphs, "_ROWS", 2)
     monkeypatch.setattr(graphs, "_COLUMNS", 8)

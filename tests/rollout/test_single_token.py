@@ -12,9 +12,11 @@ from harness.policy.loading import prepare_layers
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.policy.projections import join_projections
-from harness.rollout import single_token
+from harness.rollout import one_core as one_core_decoding
+from harness.rollout import trial
 from harness.rollout.cache import SlotCache
 from harness.rollout.embedded import EmbeddedEngine
+from harness.rollout.one_core import OneCoreDecoder
 from harness.rollout.single_token import SingleTokenDecoder
 from harness.rollout.weights import SamplingWeights
 from tests.policy.conftest import fresh
@@ -42,9 +44,10 @@ def prepared(model):
     return model
 
 
-def assert_equal_to_the_models_own(model):
+def assert_equal_to_the_models_own(model, kind=SingleTokenDecoder):
     engine = EmbeddedEngine(model, compose().rollout, (EOS,), PAD, 12)
-    assert isinstance(engine.policy, SingleTokenDecoder)
+    assert kind.suits(model)
+    engine.policy = kind(model)
     given = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     engine.policy = SamplingWeights(model)
     expected = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
@@ -53,14 +56,51 @@ def assert_equal_to_the_models_own(model):
     torch.testing.assert_close(given.rollout_logprobs, expected.rollout_logprobs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_dense_families(family):
-    model = prepared(dense(family.split()[0], **DENSE[family]))
-    with torch.no_grad():  # so that biases and gains are not those that change nothing
+def moved(model):
+    """So that biases and gains are not those that change nothing."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.linspace(-0.3, 0.3, len(parameter)))
-    assert_equal_to_the_models_own(model)
+    return model
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_dense_families(family):
+    assert_equal_to_the_models_own(moved(prepared(dense(family.split()[0], **DENSE[family]))))
+
+
+@pytest.fixture
+def one_core():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", sorted(set(DENSE) - {"gemma"}))
+@pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"head_dim": 32, "num_key_value_heads": 4}])
+def test_dense_families_on_one_core(one_core, family, sizes):
+    model = moved(prepared(dense(family.split()[0], **{**DENSE[family], **sizes})))
+    assert_equal_to_the_models_own(model, OneCoreDecoder)
+    assert isinstance(EmbeddedEngine(model, compose().rollout, (EOS,), PAD, 12).policy, OneCoreDecoder)
+
+
+@pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
+def test_embedded_models_on_one_core(one_core, name):
+    assert_equal_to_the_models_own(moved(prepared(fresh(name))), OneCoreDecoder)
+
+
+def test_what_is_not_for_kernels_takes_another_way(one_core, monkeypatch):
+    assert not OneCoreDecoder.suits(prepared(dense("llama", head_dim=8)))
+    assert not OneCoreDecoder.suits(prepared(dense("gemma", head_dim=16)))  # scales its embeddings
+    model = prepared(dense("llama", head_dim=16))
+    assert OneCoreDecoder.suits(model)
+    monkeypatch.setattr(one_core_decoding, "WIDEST", 31)
+    assert not OneCoreDecoder.suits(model)
+    monkeypatch.undo()
+    torch.set_num_threads(2)
+    assert not OneCoreDecoder.suits(model) and SingleTokenDecoder.suits(model)
 
 
 @pytest.mark.parametrize("family", sorted(SUITED))
@@ -95,8 +135,8 @@ def test_weights_that_have_changed_are_the_ones_that_sample():
 
 def test_whether_a_model_suits_is_tried_once_and_forgotten_with_it(monkeypatch):
     tried = []
-    probe = single_token._probe
-    monkeypatch.setattr(single_token, "_probe", lambda policy: tried.append(policy) or probe(policy))
+    probe = trial._probe
+    monkeypatch.setattr(trial, "_probe", lambda policy: tried.append(policy) or probe(policy))
     model = prepared(fresh("tiny_dense"))
     assert SingleTokenDecoder.suits(model) and len(tried) == 2
     assert SingleTokenDecoder.suits(model) and len(tried) == 2

@@ -1,0 +1,39 @@
+"""Kernels of our own: for a CPU in Numba, for a GPU in Triton."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Sizes of states and layers that kernels for a CPU take.
+MULTIPLE = 16
+
+
+def on_one_core(states: Tensor) -> bool:
+    """Whether the kernels for one core of a CPU take states of this kind."""
+    return (
+        states.device.type == "cpu"
+        and states.dtype == torch.float32
+        and torch.get_num_threads() == 1
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+# Of larger matrices libraries multiply such blocks as fit the cache.
+WIDEST = 512
+
+
+def takes_products(states: Tensor, *sizes: int) -> bool:
+    """Whether they multiply states by matrices of these sizes."""
+    return on_one_core(states) and max(sizes) <= WIDEST and not any(size % MULTIPLE for size in sizes)
+
+
+def takes_heads(dim: int) -> bool:
+    """Whether they take heads of this size, whose halves are turned with each other."""
+    return dim == MULTIPLE or not dim % (2 * MULTIPLE)
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Tensors as such kernels take them: the same memory, unless it is not contiguous."""
+    # Either call costs as much as a small kernel.
+    plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    return [tensor.numpy() if tensor.is_contiguous() else tensor.contiguous().numpy() for tensor in plain]

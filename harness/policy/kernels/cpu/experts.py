@@ -1,0 +1,192 @@
+"""Experts with SwiGLU on one core of a CPU, compiled by Numba: four tokens of an expert at a time.
+
+Slots are the pairs of a token and an expert that it is routed to, in the order of the experts. Sizes are multiples of
+sixteen.
+"""
+
+import numpy as np
+
+from harness.policy.kernels.cpu.lanes import (
+    FLOATS_2,
+    FLOATS_3,
+    INTEGERS,
+    INTEGERS_2,
+    WIDTH,
+    fma,
+    inlined,
+    kernel,
+    load,
+    repeat,
+    sigmoid,
+    spread,
+    store,
+    total,
+)
+from harness.policy.kernels.cpu.products import four_rows
+
+_ZERO = np.float32(0)
+
+
+@kernel(INTEGERS_2, INTEGERS, INTEGERS)
+def sort(chosen, ends, order):
+    """One past the last slot of each expert [E], and of each slot [N x k] its place among the choices [N, k]."""
+    ends[:] = 0
+    flat = chosen.reshape(-1)
+    for expert in flat:
+        ends[expert] += 1
+    starts, before = np.empty_like(ends), 0
+    for expert in range(len(ends)):
+        starts[expert] = before
+        before += ends[expert]
+        ends[expert] = before
+    for place in range(len(flat)):
+        order[starts[flat[place]]] = place
+        starts[flat[place]] += 1
+
+
+@inlined
+def _gather(rows, order, choices, begin, end, gathered):
+    """Put the rows [N, H] of the tokens of an expert's slots one behind the other."""
+    for slot in range(begin, end):
+        token = order[slot] // choices
+        for place in range(rows.shape[1]):
+            gathered[slot - begin, place] = rows[token, place]
+
+
+@inlined
+def _most(ends):
+    """Slots of the busiest expert, and room for the last ones to be four."""
+    most, begin = 0, 0
+    for end in ends:
+        most, begin = max(most, end - begin), end
+    return most + 3
+
+
+@inlined
+def _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, column):
+    """Add sixteen columns of four slots, times their shares, to those of their tokens."""
+    for index in range(min(end - slot, 4)):
+        place = order[slot + index] // choices * width + column
+        store(out, place, fma(load(numbers, index * WIDTH), spread(shares, order[slot + index]), load(out, place)))
+
+
+@inlined
+def _put(numbers, out, place, stride):
+    """Sixteen columns of four rows."""
+    store(out, place, numbers[0])
+    store(out, place + stride, numbers[1])
+    store(out, place + 2 * stride, numbers[2])
+    store(out, place + 3 * stride, numbers[3])
+
+
+@kernel(FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2, FLOATS_2)
+def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combined):
+    """What experts make of tokens.
+
+    Args:
+        hidden: [N, H].
+        weights: [N, k] of each choice.
+        ends: as :func:`sort` gives it.
+        order: likewise.
+        gate_up: [E, H, 2 x I], transposed.
+        down: [E, I, H], transposed.
+        projected: [N x k + 3, 2 x I] what goes into each slot's gate, for the gradient.
+        inner: [N x k + 3, I] what comes out, likewise.
+        combined: [N, H], added to what is there.
+    """
+    choices, size, width = weights.shape[1], inner.shape[1], hidden.shape[1]
+    gathered = np.zeros((_most(ends), width), np.float32)
+    states, first_weights, second_weights = gathered.reshape(-1), gate_up.reshape(-1), down.reshape(-1)
+    both, gated, out, shares = projected.reshape(-1), inner.reshape(-1), combined.reshape(-1), weights.reshape(-1)
+    numbers, begin = np.empty(4 * WIDTH, np.float32), 0
+    for expert in range(len(ends)):
+        end, start = ends[expert], expert * size * width
+        _gather(hidden, order, choices, begin, end, gathered)
+        for slot in range(begin, end, 4):
+            # Rows of the next expert that are written, too, where there are fewer than four, come later.
+            a = (slot - begin) * width
+            for column in range(0, 2 * size, WIDTH):
+                sums = four_rows(
+                    states, a, a + width, a + 2 * width, a + 3 * width, 1,
+                    first_weights, 2 * start + column, 2 * size, width,
+                )  # fmt: skip
+                _put(sums, both, slot * 2 * size + column, 2 * size)
+            for row in range(slot, min(slot + 4, end)):
+                for column in range(0, size, WIDTH):
+                    place = row * 2 * size + column
+                    opened = load(both, place)
+                    store(gated, row * size + column, opened * sigmoid(opened) * load(both, place + size))
+            a = slot * size
+            for column in range(0, width, WIDTH):
+                sums = four_rows(
+                    gated, a, a + size, a + 2 * size, a + 3 * size, 1, second_weights, start + column, width, size
+                )
+                _put(sums, numbers, 0, WIDTH)
+                _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, column)
+        begin = end
+
+
+@kernel(
+    FLOATS_2, FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2,
+    FLOATS_2, FLOATS_2, FLOATS_3, FLOATS_3,
+)  # fmt: skip
+def combine_backward(
+    gradient, hidden, weights, ends, order, gate_up, down, projected, inner, of_hidden, of_weights, of_gate_up, of_down
+):
+    """Gradients: of the hidden states [N, H] added to what is there; of the weights [N, k]; of the experts, as they
+    are: ``gate_up`` [E, 2 x I, H] and ``down`` [E, H, I]."""
+    choices, size, width = weights.shape[1], inner.shape[1], hidden.shape[1]
+    most = _most(ends)
+    gathered, passed = np.zeros((most, width), np.float32), np.zeros((most, width), np.float32)
+    scaled, of_both = np.zeros(most * size, np.float32), np.zeros(most * 2 * size, np.float32)
+    of_inner, numbers = np.empty(4 * size, np.float32), np.empty(4 * WIDTH, np.float32)
+    ones = np.ones(len(order), np.float32)
+    states, slopes, out, shares = gathered.reshape(-1), passed.reshape(-1), of_hidden.reshape(-1), weights.reshape(-1)
+    first_weights, second_weights = gate_up.reshape(-1), down.reshape(-1)
+    of_first, of_second, of_shares = of_gate_up.reshape(-1), of_down.reshape(-1), of_weights.reshape(-1)
+    both, gated = projected.reshape(-1), inner.reshape(-1)
+    begin = 0
+    for expert in range(len(ends)):
+        end, start = ends[expert], expert * size * width
+        _gather(hidden, order, choices, begin, end, gathered)
+        _gather(gradient, order, choices, begin, end, passed)
+        for slot in range(begin, end, 4):
+            a = (slot - begin) * width
+            for column in range(0, size, WIDTH):
+                sums = four_rows(
+                    slopes, a, a + width, a + 2 * width, a + 3 * width, 1,
+                    second_weights, start + column, size, width,
+                )  # fmt: skip
+                _put(sums, of_inner, column, size)
+            for row in range(slot, min(slot + 4, end)):
+                share, along = spread(shares, order[row]), repeat(_ZERO)
+                for column in range(0, size, WIDTH):
+                    slope, place = load(of_inner, (row - slot) * size + column), row * 2 * size + column
+                    opened, let = load(both, place), load(gated, row * size + column)
+                    along = fma(slope, let, along)
+                    slope = slope * share
+                    part = sigmoid(opened)
+                    store(scaled, (row - begin) * size + column, let * share)
+                    place = (row - begin) * 2 * size + column
+                    store(of_both, place + size, slope * opened * part)
+                    up = load(both, row * 2 * size + column + size)
+                    store(of_both, place, slope * up * (part + opened * part - opened * part * part))
+                of_shares[order[row]] = total(along)
+            a = (slot - begin) * 2 * size
+            for column in range(0, width, WIDTH):
+                sums = four_rows(
+                    of_both, a, a + 2 * size, a + 4 * size, a + 6 * size, 1,
+                    first_weights, 2 * start + column, width, 2 * size,
+                )  # fmt: skip
+                _put(sums, numbers, 0, WIDTH)
+                _add_to_tokens(numbers, order, choices, slot, end, ones, out, width, column)
+        count = end - begin
+        for row in range(0, 2 * size, 4):
+            for column in range(0, width, WIDTH):
+                sums = four_rows(of_both, row, row + 1, row + 2, row + 3, 2 * size, states, column, width, count)
+                _put(sums, of_first, 2 * start + row * width + column, width)
+        for row in range(0, width, 4):
+            for column in range(0, size, WIDTH):
+                sums = four_rows(slopes, row, row + 1, row + 2, row + 3, width, scaled, column, size, count)
+                _put(sums, of_second, start + row * size + column, size)
+        begin = end

@@ -1,0 +1,127 @@
+"""A decoded token's way through a model on one core of a CPU, in kernels that take half of a layer at once."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from harness.policy.experts import transposed, transposes
+from harness.policy.kernels import MULTIPLE, WIDEST, arrays, on_one_core, takes_heads
+from harness.policy.loading import decoder
+from harness.policy.normalization import RMSNorm
+from harness.policy.one_core import head_constants
+from harness.policy.projections import GatedFeedForward, JointAttention, half_turned
+from harness.policy.routing import is_experts
+from harness.rollout.trial import gives_the_same
+from harness.rollout.weights import SamplingWeights
+
+
+class OneCoreDecoder(SamplingWeights):
+    """The policy as rollouts see it, where :meth:`suits` says that this gives the same."""
+
+    def refresh(self) -> None:
+        """Take over the policy's weights as they are now."""
+        super().refresh()
+        network: Any = decoder(self.model)
+        followers = [*(layer.input_layernorm for layer in network.layers[1:]), network.norm]
+        self._layers = [_Layer.of(*pair) for pair in zip(network.layers, followers, strict=True)]
+        self._head = _Product.of(self.model.get_output_embeddings())
+
+    @classmethod
+    def suits(cls, model: PreTrainedModel) -> bool:
+        """Whether the model has the layers that are gone through here, which is tried once."""
+        width = model.config.get_text_config().hidden_size
+        dims = {layer.head_dim for layer in model.modules() if isinstance(layer, JointAttention)}
+        fits = width <= WIDEST and not width % MULTIPLE and all(map(takes_heads, dims))
+        return fits and on_one_core(next(model.parameters())) and gives_the_same(cls, model)
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Logits [n, V] of each row's next token."""
+        tokens, cache = inputs["input_ids"], inputs["past_key_values"]
+        if tokens.shape[1] > 1 or not cache.get_seq_length():  # prompts
+            return super().__call__(**inputs)
+        return self._decode(tokens, inputs["position_ids"], cache)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits [n, V] after tokens [n, 1] at positions [n, 1], which see all that is not padding before them."""
+        from harness.policy.kernels.cpu import decoding
+
+        network: Any = decoder(self.model)
+        embedded = network.embed_tokens(tokens)
+        rotation = arrays(*(part.flatten(0, -2) for part in half_turned(*network.rotary_emb(embedded, positions))))
+        residual = embedded[:, 0].clone()
+        normalized = network.layers[0].input_layernorm(residual)
+        states, inputs = arrays(residual, normalized)
+        column = cache.get_seq_length()
+        (begins,) = arrays(column - positions[:, 0])
+        for index, layer in enumerate(self._layers):
+            held: Any = cache.layers[index]
+            decoding.attend(
+                states, inputs, *layer.projection, *layer.constants, *rotation, *held.buffers(), begins, column,
+                layer.heads, layer.scaling, *layer.output, *layer.norm,
+            )  # fmt: skip
+            held.length += 1
+            if layer.gated is not None:
+                decoding.feed(states, inputs, *layer.gated, *layer.follower)
+            else:
+                with transposed(layer.experts):
+                    update = layer.rest(normalized.unsqueeze(1)).squeeze(1)
+                decoding.add(states, inputs, *arrays(update), *layer.follower)
+        logits = torch.empty(len(tokens), len(self._head.panels) * MULTIPLE)
+        decoding.project(inputs, *self._head, logits.numpy())
+        return logits[:, : self.model.config.get_text_config().vocab_size]
+
+
+class _Product(NamedTuple):
+    panels: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Product":
+        """Of a linear layer, or what has such weights."""
+        from harness.policy.kernels.cpu.decoding import panels
+
+        bias = torch.empty(0) if layer.bias is None else nn.functional.pad(layer.bias, (0, -len(layer.bias) % MULTIPLE))
+        return cls(panels(layer.weight), *arrays(bias))
+
+
+class _Layer(NamedTuple):
+    projection: _Product
+    constants: tuple[np.ndarray, float]
+    heads: int
+    scaling: float
+    output: _Product
+    norm: tuple[np.ndarray, float]
+    gated: tuple[np.ndarray, np.ndarray] | None
+    rest: nn.Module  # where that is another kind of layer
+    experts: Sequence[np.ndarray]  # where it has some
+    follower: tuple[np.ndarray, float]
+
+    @classmethod
+    def of(cls, layer: Any, follower: RMSNorm) -> "_Layer":
+        """What kernels need of a layer, and of the normalisation that follows it."""
+        from harness.policy.kernels.cpu.decoding import panels
+
+        attention: JointAttention = layer.self_attn
+        joint, gated = attention.joint(), None
+        if isinstance(layer.mlp, GatedFeedForward) and not layer.mlp.down_proj.in_features % MULTIPLE:
+            gated = panels(layer.mlp.joint()), panels(layer.mlp.down_proj.weight)
+        return cls(
+            projection=_Product.of(joint),
+            constants=head_constants(joint.gain, joint.epsilon, attention.head_dim),
+            heads=attention.sizes[0],
+            scaling=attention.scaling,
+            output=_Product.of(attention.o_proj),
+            norm=_constants(layer.post_attention_layernorm),
+            gated=gated,
+            rest=layer.mlp,
+            experts=[weights for child in layer.mlp.children() if is_experts(child) for weights in transposes(child)],
+            follower=_constants(follower),
+        )
+
+
+def _constants(norm: RMSNorm) -> tuple[np.ndarray, float]:
+    return arrays(norm.weight)[0], norm.epsilon
