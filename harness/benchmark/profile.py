@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness.benchmark.measure import interleave
 from harness.benchmark.sizes import Sizes
@@ -12,25 +12,32 @@ from harness.benchmark.table import Cell, Options, Table
 from harness.benchmark.training import MODELS, WholeSteps
 from harness.benchmark.worker import workers
 
-# torch's names of the operations of each kind.
+# torch's names of the operations of each kind, and names of our kernels with those of their modules.
 PARTS = {
-    "products of weights": "addmm mm mkldnn::_linear_pointwise _grouped_mm",
-    "products and softmax of attention": "baddbmm bmm _softmax _softmax_backward_data",
-    "arithmetic on single elements": (
-        "_log_softmax _log_softmax_backward_data add add_ addcmul addcmul_ addmv_ any clamp cos cumsum div div_ eq exp "
-        "ge le linalg_vector_norm lt maximum mean minimum mul mul_ mv ne neg pow rsqrt rsqrt_ silu silu_backward sin "
-        "sub sum where"
+    "attention, in kernels": (
+        "attention.attend attention.attend_backward decoding.attend elements.turn elements.turn_backward"
+    ),
+    "feed-forward layers, in kernels": "decoding.feed products.feed_forward products.feed_forward_backward",
+    "experts, in kernels": "experts.combine experts.combine_backward experts.sort",
+    "single products and normalisation, in kernels": (
+        "decoding.add decoding.project elements.normalize elements.normalize_backward products.linear products.outer"
+    ),
+    "products, softmax and arithmetic of torch": (
+        "_fused_adamw_ _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data add add_ addcmul addmm "
+        "any baddbmm bmm clamp cos cumsum div div_ eq exp ge le linalg_vector_norm lt maximum mean minimum "
+        "mkldnn::_linear_pointwise mm mul mul_ mv ne neg pow rsqrt sin sub sum topk where"
     ),
     "copies, gathering and scattering": (
-        "_embedding_bag _embedding_bag_forward_only _index_put_impl_ argsort bincount cat copy_ fill_ gather index "
-        "index_copy_ index_select masked_fill_ nonzero roll scatter_add_ sort topk zero_ _unique2"
+        "_index_put_impl_ argsort cat copy_ embedding_dense_backward fill_ gather index index_copy_ index_select "
+        "masked_fill_ nonzero scatter_add_ sort zero_ _unique2"
     ),
 }
 REST = "the rest: what it costs to call operations, and to call for them"
 _PHASES = ("rollout", "update")
 _TEXT = (
     "Shares of the seconds of a phase by torch's profiler, which counts an operation without those that it calls; it "
-    "makes each call more expensive, and so the rest larger than it is. Natural lengths, one core, float32."
+    "makes each call more expensive, and so the rest larger than it is. A kernel of ours is one of these operations. "
+    "Natural lengths, one core, float32."
 )
 
 
@@ -38,6 +45,14 @@ class Profiled:
     """Seconds of each part in each phase of the trainer's steps, over those of the phase."""
 
     def __init__(self, model: str, sizes: Sizes) -> None:
+        from numba.core.dispatcher import Dispatcher
+
+        from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
+
+        for module in (attention, decoding, elements, experts, products):
+            for name, function in vars(module).items():
+                if isinstance(function, Dispatcher) and function.signatures:  # others are parts of them
+                    setattr(module, name, _recorded(f"{module.__name__.split('.')[-1]}.{name}", function))
         self.steps = WholeSteps(model, "natural", sizes)
         self.seconds: dict[str, dict[str, float]] = {phase: {} for phase in _PHASES}
         self.steps()
@@ -67,6 +82,14 @@ class Profiled:
             return result
 
         return wrapper
+
+
+def _recorded(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        with record_function(name):
+            kernel(*args)
+
+    return call
 
 
 def tables(options: Options) -> list[Table]:

@@ -17,6 +17,7 @@ from harness.benchmark.table import Options
 from harness.benchmark.training import WholeSteps, run_config
 from harness.errors import ConfigError
 from harness.policy.attention import is_padding_free
+from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
 from harness.policy.logprobs import token_logprobs
 from harness.policy.normalization import RMSNorm
 from harness.rollout.batch import join
@@ -170,14 +171,21 @@ def test_profile_says_where_all_of_a_phases_time_goes():
     (table,) = profile.tables(dataclasses.replace(OPTIONS, repetitions=1))
     assert [row["part"] for row in table.rows] == [*profile.PARTS, profile.REST]
     for column in columns(table.rows) - {"part"}:
-        shares = [row[column].median for row in table.rows]
-        assert all(share > 0 for share in shares) and sum(shares) == pytest.approx(1)
+        shares = {row["part"]: row[column].median for row in table.rows}
+        assert sum(shares.values()) == pytest.approx(1)
+        none = {part for part, share in shares.items() if share <= 0}
+        assert none == {f"{'experts' if 'dense' in column else 'feed-forward layers'}, in kernels"}
 
 
-def test_each_operation_of_a_profile_is_of_one_kind_and_one_of_torchs():
+def test_each_operation_of_a_profile_is_of_one_kind_and_torchs_or_a_kernel_of_ours():
     names = [name for part in profile.PARTS.values() for name in part.split()]
     assert len(names) == len(set(names))
-    for name in names:
+    kernels = set()
+    for module in (attention, decoding, elements, experts, products):
+        held = {name for name, function in vars(module).items() if getattr(function, "signatures", None)}
+        kernels |= {f"{module.__name__.split('.')[-1]}.{name}" for name in held}
+    assert {name for name in names if "." in name} <= kernels
+    for name in set(names) - kernels:
         space, _, operation = name.rpartition("::")
         assert hasattr(getattr(torch.ops, space or "aten"), operation), name
 
