@@ -36,9 +36,9 @@ class ForwardCost:
     head: float  # operations an output position
 
     def full(self, lengths: Tensor, outputs: Tensor | int) -> float:
-        """Whole sequences at once: ``lengths`` [B] tokens each, and how many positions need the head."""
-        length = lengths.double()
-        return float(self.linear * length.sum() + self.attention * (length**2).sum() + self.head * outputs)
+        """Whole sequences at once: ``lengths`` [B] tokens each, in host memory, and how many outputs need the head."""
+        length = lengths.double().numpy()
+        return float(self.linear * length.sum() + self.attention * length.dot(length) + self.head * float(outputs))
 
     def batch(self, batch: Batch) -> float:
         """One forward pass over a rollout batch, the head at completion positions alone."""
@@ -53,9 +53,9 @@ class ForwardCost:
             group_size: completions that share a prompt's reading.
         """
         prompts = prompt_lengths[::group_size]
-        fed = completion_lengths.double() - 1
-        contexts = fed * prompt_lengths + fed * (fed + 1) / 2
-        decode = (self.linear + self.head) * fed.sum() + self.attention * contexts.sum()
+        fed = completion_lengths.double().numpy() - 1
+        contexts = fed.dot(prompt_lengths.double().numpy()) + fed.dot(fed + 1) / 2
+        decode = (self.linear + self.head) * fed.sum() + self.attention * contexts
         return self.full(prompts, len(prompts)) + float(decode)
 
 

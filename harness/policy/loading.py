@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from harness.config import ModelConfig
 from harness.errors import ConfigError
 from harness.policy.architecture import unreadable
 from harness.policy.experts import follow_autocast, use_closed_form
+from harness.policy.kernels import without_kernels
 from harness.policy.normalization import fuse_normalization
 from harness.policy.packing import drop_padding
 from harness.policy.products import choose_products
@@ -80,9 +81,10 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
     """
     if device == "cpu":
         choose_products(model)
-    fuse_normalization(model)
-    drop_padding(model)
-    join_projections(model, feed_forward=True)
+    with nullcontext() if device == "cpu" else without_kernels():
+        fuse_normalization(model)
+        drop_padding(model)
+        join_projections(model)
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)

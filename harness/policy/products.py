@@ -71,10 +71,15 @@ class Linear(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D_out] from [..., D_in]."""
-        if not torch.is_grad_enabled():
-            return product(states, self.weight, self.bias)
-        ours = takes_products(states, *self.weight.shape) or favours_onednn() and _pays(states, self.out_features)
-        return (_Linear.apply if ours else functional.linear)(states, self.weight, self.bias)
+        return linear_layer(states, self.weight, self.bias)
+
+
+def linear_layer(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., N] from [..., K], [N, K] and [N], with gradients, by whatever is fastest."""
+    if not torch.is_grad_enabled():
+        return product(states, weight, bias)
+    ours = takes_products(states, *weight.shape) or favours_onednn() and _pays(states, len(weight))
+    return (_Linear.apply if ours else functional.linear)(states, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 from transformers import Cache, PreTrainedModel
 
 from harness.policy import one_core
@@ -20,6 +20,7 @@ from harness.policy.fusion import autocast_dtype, fused
 from harness.policy.kernels import on_one_core, takes_heads, takes_products
 from harness.policy.normalization import RMSNorm
 from harness.policy.packing import Packing, packed_states
+from harness.policy.products import linear_layer
 
 # [B, L, 1, D] cosine and sine of each place in a head.
 Rotation = tuple[Tensor, Tensor]
@@ -195,7 +196,7 @@ class GatedFeedForward(nn.Module):
         """[..., H] from [..., H], by what :meth:`joint` gave."""
         if takes_products(states, *joint.shape, *self.down_proj.weight.shape):
             return one_core.FeedForward.apply(states, joint, self.down_proj.weight)
-        both = linear(states, joint)
+        both = linear_layer(states, joint)
         rows = both.flatten(0, -2)
         gated = _Gated.apply(rows) if torch.is_grad_enabled() else _gate(rows)
         return self.down_proj(gated.view(*both.shape[:-1], -1))
@@ -273,7 +274,7 @@ class _Stacked(torch.autograd.Function):
 def _turned(hidden: Tensor, joint: Joint, rotation: Rotation, sizes: Sequence[int]) -> Sequence[Tensor]:
     """Queries, keys and values [B, L, heads, D], the first two normalised and rotated."""
     cos, sin = (part.expand(*hidden.shape[:2], -1, -1).flatten(0, 1) for part in rotation)
-    states = linear(hidden, joint.weight, joint.bias).flatten(0, 1).unflatten(-1, (-1, cos.shape[-1]))
+    states = linear_layer(hidden, joint.weight, joint.bias).flatten(0, 1).unflatten(-1, (-1, cos.shape[-1]))
     arguments = (states, cos, sin, joint.gain, joint.epsilon, sizes[0], sizes[1])
     turned = _Turned.apply(*arguments) if torch.is_grad_enabled() else _turn(*arguments)
     return [part.view(*hidden.shape[:2], *part.shape[1:]) for part in turned]
@@ -332,20 +333,15 @@ class _Turned(torch.autograd.Function):
 
 
 @torch.no_grad()
-def join_projections(model: PreTrainedModel, feed_forward: bool = False) -> None:
-    """Put :class:`JointAttention` in the place of the attention layers of a model that does without padding.
+def join_projections(model: PreTrainedModel) -> None:
+    """Put :class:`JointAttention` and :class:`GatedFeedForward` in the place of a model's own layers.
 
-    It must give what they gave, which is tried.
-
-    Args:
-        model: the model.
-        feed_forward: whether to put :class:`GatedFeedForward` in the place of its feed-forward layers, too.
+    The model must do without padding, and give what it gave, which is tried.
     """
     if not is_padding_free(model):
         return
     _replace(model, {name: JointAttention for name, _ in model.named_modules() if name.endswith(".self_attn")})
-    if feed_forward:
-        _replace(model, {name: GatedFeedForward for name, layer in model.named_modules() if _is_gated(name, layer)})
+    _replace(model, {name: GatedFeedForward for name, layer in model.named_modules() if _is_gated(name, layer)})
 
 
 def _is_gated(name: str, layer: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from numba import njit
 from torch.nn import functional
 
-from harness.policy.kernels import arrays, on_one_core
+from harness.policy.kernels import arrays, on_one_core, without_kernels
 from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
 from harness.policy.kernels.cpu.lanes import (
     FLOATS,
@@ -230,6 +230,8 @@ def test_where_kernels_apply():
     assert torch.get_num_threads() != 1 or on_one_core(states)
     assert not on_one_core(states.double()) and not on_one_core(states.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
+        assert not on_one_core(states)
+    with without_kernels():
         assert not on_one_core(states)
     threads = torch.get_num_threads()
     try:

@@ -55,7 +55,7 @@ def assert_nothing_changes(model, monkeypatch=None):
     fuse_normalization(model)
     drop_padding(model)
     before, parameters = passes(model, batch), dict(model.named_parameters())
-    join_projections(model, feed_forward=monkeypatch is not None)
+    join_projections(model)
     assert len(joint_layers(model)) == len(model.base_model.layers)
     if monkeypatch is not None:
         as_on_a_gpu(monkeypatch)
@@ -95,7 +95,7 @@ def test_families_of_experts_on_a_gpu(family, monkeypatch):
 def test_feed_forward_layers_with_biases_stay():
     model = dense("llama", mlp_bias=True)
     drop_padding(model)
-    join_projections(model, feed_forward=True)
+    join_projections(model)
     assert not gated_layers(model) and joint_layers(model)
 
 
@@ -140,9 +140,9 @@ def test_other_layers_stay(family, changes):
     drop_padding(model)
     before, modules = passes(model, batch), list(model.modules())
     join_projections(model)
-    assert not joint_layers(model) and list(model.modules()) == modules
-    after = passes(model, batch)
-    assert torch.equal(after[0], before[0])
+    assert not joint_layers(model)
+    assert {module for module in model.modules() if not isinstance(module, GatedFeedForward)} <= set(modules)
+    assert_same(passes(model, batch), before)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,21 @@ def test_heads_that_are_normalised_as_transformers_does_stay():
     drop_padding(model)
     join_projections(model)
     assert not joint_layers(model)
+
+
+@pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
+def test_kernels_for_one_core_and_operations_for_more_give_the_same(name):
+    batch, found, threads = make_batch(group_size=3), [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            model = fresh(name)
+            prepare_layers(model, "cpu")
+            found.append(passes(model, batch))
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.equal(found[0][0], found[1][0])  # they round in other places
+    assert_same(*found)
 
 
 def test_copies_have_layers_of_their_own():

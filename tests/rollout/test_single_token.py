@@ -153,7 +153,7 @@ def test_copies_in_another_precision_follow_the_weights(monkeypatch):
     model = dense("qwen3", head_dim=16)
     fuse_normalization(model)
     drop_padding(model)
-    join_projections(model, feed_forward=True)
+    join_projections(model)
     for module in (normalization, projections):
         monkeypatch.setattr(module, "autocast_dtype", lambda states: torch.bfloat16)
     tokens, mask, positions = torch.tensor([[5, 6, 7]]), None, torch.arange(3).unsqueeze(0)
@@ -185,7 +185,7 @@ def test_copies_in_another_precision_follow_the_weights(monkeypatch):
 def test_layers_that_do_not_suit_find_their_copies_together(monkeypatch):
     model = dense("olmo2", head_dim=8)
     drop_padding(model)
-    join_projections(model, feed_forward=True)
+    join_projections(model)
     gated = [module for module in model.modules() if isinstance(module, projections.GatedFeedForward)]
     assert len(gated) == 2 and not SingleTokenDecoder.suits(model)
     monkeypatch.setattr(projections, "autocast_dtype", lambda states: torch.bfloat16)

@@ -1,11 +1,28 @@
 """Kernels of our own: for a CPU in Numba, for a GPU in Triton."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 # Sizes of states and layers that kernels for a CPU take.
 MULTIPLE = 16
+
+
+_LEFT_OUT = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Leave out those for a CPU, for a model that is to be moved to a GPU."""
+    token = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(token)
 
 
 def on_one_core(states: Tensor) -> bool:
@@ -15,6 +32,7 @@ def on_one_core(states: Tensor) -> bool:
         and states.dtype == torch.float32
         and torch.get_num_threads() == 1
         and not torch.is_autocast_enabled("cpu")
+        and not _LEFT_OUT.get()
     )
 
 

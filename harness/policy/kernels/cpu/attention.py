@@ -20,7 +20,7 @@ from harness.policy.kernels.cpu.lanes import (
     store,
     total,
 )
-from harness.policy.kernels.cpu.products import add_outer_products, four_rows
+from harness.policy.kernels.cpu.products import add_outer_products, four_rows, put_four
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 # Scores of keys that are not seen, so that their weights are 0.
@@ -39,30 +39,6 @@ def unseen():
 def hide(hidden, scores, visible):
     """Hide all but so many of the first of sixteen scores; they may be fewer than none, or more than all."""
     return scores + load(hidden, WIDTH - min(max(visible, 0), WIDTH))
-
-
-@inlined
-def put_four(out, place, stride, first, second, third, fourth):
-    """Sixteen numbers of each of four rows."""
-    store(out, place, first)
-    store(out, place + stride, second)
-    store(out, place + 2 * stride, third)
-    store(out, place + 3 * stride, fourth)
-
-
-@inlined
-def softmax(scores, start, columns):
-    """Weights in the place of scores, but for their sum, which is returned, and what was the largest score."""
-    most = load(scores, start)
-    for place in range(start + WIDTH, start + columns, WIDTH):
-        most = larger(most, load(scores, place))
-    peak = largest(most)
-    summed = repeat(_ZERO)
-    for place in range(start, start + columns, WIDTH):
-        weights = exp(load(scores, place) - repeat(peak))
-        store(scores, place, weights)
-        summed = summed + weights
-    return total(summed), peak
 
 
 @kernel(FLOATS_3, INTEGERS_2, INTEGERS, INTEGERS, "intp", "intp", "float32", FLOATS_3, FLOATS_2, FLOATS_2)
@@ -189,15 +165,9 @@ def attend_backward(gradient, states, rows, begins, ends, heads, groups, scaling
                         k = k * spread(parts, lines[2] * heads + head)
                         m = exp(hide(hidden, m * scale, seen[3] - column) - spread(most, lines[3] * heads + head))
                         m = m * spread(parts, lines[3] * heads + head)
-                        store(weights, column, i)
-                        store(weights, column + length, j)
-                        store(weights, column + 2 * length, k)
-                        store(weights, column + 3 * length, m)
+                        put_four(weights, column, length, i, j, k, m)
                         n, o, p, q = four_rows(given, e, f, g, h, 1, values, column, length, dim)
-                        store(of_scores, column, n)
-                        store(of_scores, column + length, o)
-                        store(of_scores, column + 2 * length, p)
-                        store(of_scores, column + 3 * length, q)
+                        put_four(of_scores, column, length, n, o, p, q)
                         sums = (fma(i, n, sums[0]), fma(j, o, sums[1]), fma(k, p, sums[2]), fma(m, q, sums[3]))
                     mean = (total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3]))
                     for index in range(4):

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional
 
-from harness.policy.kernels.cpu.attention import hide, softmax, unseen
+from harness.policy.kernels.cpu.attention import hide, unseen
 from harness.policy.kernels.cpu.elements import add_to, turn_head
 from harness.policy.kernels.cpu.lanes import (
     FLOATS,
@@ -16,15 +16,19 @@ from harness.policy.kernels.cpu.lanes import (
     FLOATS_4,
     INTEGERS,
     WIDTH,
+    exp,
     inlined,
     kernel,
+    larger,
+    largest,
     load,
     repeat,
     store,
+    total,
 )
 from harness.policy.kernels.cpu.products import gate, multiply, one_row
 
-_ONE = np.float32(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 def panels(weight: Tensor) -> np.ndarray:
@@ -32,6 +36,21 @@ def panels(weight: Tensor) -> np.ndarray:
     rows, count = weight.shape
     padded = functional.pad(weight.detach(), (0, 0, 0, -rows % WIDTH))
     return padded.view(-1, WIDTH, count).transpose(1, 2).contiguous().numpy()
+
+
+@inlined
+def _softmax(scores, start, columns):
+    """Weights in the place of scores, but for their sum, which is returned."""
+    most = load(scores, start)
+    for place in range(start + WIDTH, start + columns, WIDTH):
+        most = larger(most, load(scores, place))
+    peak = repeat(largest(most))
+    summed = repeat(_ZERO)
+    for place in range(start, start + columns, WIDTH):
+        weights = exp(load(scores, place) - peak)
+        store(scores, place, weights)
+        summed = summed + weights
+    return total(summed)
 
 
 @inlined
@@ -62,7 +81,7 @@ def _attend(states, gain, epsilon, cos, sin, keys, values, begins, column, heads
                 if before:
                     unhidden = load(hidden, WIDTH) - load(hidden, WIDTH - before)
                     store(scores, first, load(scores, first) + unhidden)
-                summed, _ = softmax(scores, first, last - first)
+                summed = _softmax(scores, first, last - first)
                 for place in range(0, dim, WIDTH):
                     sums = one_row(scores, first, 1, other, start + first * dim + place, dim, column + 1 - first)
                     store(out, (row * heads + head) * dim + place, sums * repeat(_ONE / summed))

@@ -22,7 +22,7 @@ from harness.policy.kernels.cpu.lanes import (
     store,
     total,
 )
-from harness.policy.kernels.cpu.products import four_rows
+from harness.policy.kernels.cpu.products import four_rows, put_four
 
 _ZERO = np.float32(0)
 
@@ -70,15 +70,6 @@ def _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, colum
         store(out, place, fma(load(numbers, index * WIDTH), spread(shares, order[slot + index]), load(out, place)))
 
 
-@inlined
-def _put(numbers, out, place, stride):
-    """Sixteen columns of four rows."""
-    store(out, place, numbers[0])
-    store(out, place + stride, numbers[1])
-    store(out, place + 2 * stride, numbers[2])
-    store(out, place + 3 * stride, numbers[3])
-
-
 @kernel(FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2, FLOATS_2)
 def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combined):
     """What experts make of tokens.
@@ -110,7 +101,7 @@ def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combi
                     states, a, a + width, a + 2 * width, a + 3 * width, 1,
                     first_weights, 2 * start + column, 2 * size, width,
                 )  # fmt: skip
-                _put(sums, both, slot * 2 * size + column, 2 * size)
+                put_four(both, slot * 2 * size + column, 2 * size, *sums)
             for row in range(slot, min(slot + 4, end)):
                 for column in range(0, size, WIDTH):
                     place = row * 2 * size + column
@@ -121,7 +112,7 @@ def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combi
                 sums = four_rows(
                     gated, a, a + size, a + 2 * size, a + 3 * size, 1, second_weights, start + column, width, size
                 )
-                _put(sums, numbers, 0, WIDTH)
+                put_four(numbers, 0, WIDTH, *sums)
                 _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, column)
         begin = end
 
@@ -157,7 +148,7 @@ def combine_backward(
                     slopes, a, a + width, a + 2 * width, a + 3 * width, 1,
                     second_weights, start + column, size, width,
                 )  # fmt: skip
-                _put(sums, of_inner, column, size)
+                put_four(of_inner, column, size, *sums)
             for row in range(slot, min(slot + 4, end)):
                 share, along = spread(shares, order[row]), repeat(_ZERO)
                 for column in range(0, size, WIDTH):
@@ -178,15 +169,15 @@ def combine_backward(
                     of_both, a, a + 2 * size, a + 4 * size, a + 6 * size, 1,
                     first_weights, 2 * start + column, width, 2 * size,
                 )  # fmt: skip
-                _put(sums, numbers, 0, WIDTH)
+                put_four(numbers, 0, WIDTH, *sums)
                 _add_to_tokens(numbers, order, choices, slot, end, ones, out, width, column)
         count = end - begin
         for row in range(0, 2 * size, 4):
             for column in range(0, width, WIDTH):
                 sums = four_rows(of_both, row, row + 1, row + 2, row + 3, 2 * size, states, column, width, count)
-                _put(sums, of_first, 2 * start + row * width + column, width)
+                put_four(of_first, 2 * start + row * width + column, width, *sums)
         for row in range(0, width, 4):
             for column in range(0, size, WIDTH):
                 sums = four_rows(slopes, row, row + 1, row + 2, row + 3, width, scaled, column, size, count)
-                _put(sums, of_second, start + row * size + column, size)
+                put_four(of_second, start + row * size + column, size, *sums)
         begin = end

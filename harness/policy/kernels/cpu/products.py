@@ -40,6 +40,15 @@ def four_rows(left, a, b, c, d, step, right, place, stride, count):
 
 
 @inlined
+def put_four(out, place, stride, first, second, third, fourth):
+    """Sixteen numbers of each of four rows."""
+    store(out, place, first)
+    store(out, place + stride, second)
+    store(out, place + 2 * stride, third)
+    store(out, place + 3 * stride, fourth)
+
+
+@inlined
 def one_row(left, a, step, right, place, stride, count):
     """Likewise of one row; four sums that are added up in the end, since each waits for the one before."""
     first = second = third = fourth = repeat(_ZERO)
@@ -141,10 +150,7 @@ def add_outer(left, first, right, second, rows, out):
                 a, b = fma(spread(given, one), factor, a), fma(spread(given, one + 1), factor, b)
                 c, d = fma(spread(given, one + 2), factor, c), fma(spread(given, one + 3), factor, d)
                 one, other = one + height, other + width
-            store(result, place, a)
-            store(result, place + width, b)
-            store(result, place + 2 * width, c)
-            store(result, place + 3 * width, d)
+            put_four(result, place, width, a, b, c, d)
 
 
 @kernel(FLOATS_2, FLOATS_2, FLOATS, FLOATS_2)
