@@ -39,7 +39,7 @@ _CHECKPOINT_COPIES = 12
 _FIRST_PROMPTS = 256
 
 # Seconds between two notes in run.json of how far the run is, for those who watch; metrics.jsonl has every step.
-_PROGRESS = 1.0
+_PROGRESS = 2.0
 
 
 def train(config: RunConfig, directory: RunDirectory) -> None:

@@ -37,12 +37,12 @@ class ForwardCost:
 
     def full(self, lengths: Tensor, outputs: Tensor | int) -> float:
         """Whole sequences at once: ``lengths`` [B] tokens each, in host memory, and how many outputs need the head."""
-        length = lengths.double().numpy()
+        length = lengths.numpy().astype(float)
         return float(self.linear * length.sum() + self.attention * length.dot(length) + self.head * float(outputs))
 
     def batch(self, batch: Batch) -> float:
         """One forward pass over a rollout batch, the head at completion positions alone."""
-        return self.full(batch.lengths, batch.mask.sum())
+        return self.full(batch.lengths, batch.completion_lengths.sum())
 
     def sampling(self, prompt_lengths: Tensor, completion_lengths: Tensor, group_size: int) -> float:
         """Rollout with a key-value cache: each prompt once, then one token at a time.
@@ -53,8 +53,8 @@ class ForwardCost:
             group_size: completions that share a prompt's reading.
         """
         prompts = prompt_lengths[::group_size]
-        fed = completion_lengths.double().numpy() - 1
-        contexts = fed.dot(prompt_lengths.double().numpy()) + fed.dot(fed + 1) / 2
+        fed = completion_lengths.numpy() - 1.0
+        contexts = fed.dot(prompt_lengths.numpy()) + fed.dot(fed + 1) / 2
         decode = (self.linear + self.head) * fed.sum() + self.attention * contexts
         return self.full(prompts, len(prompts)) + float(decode)
 

@@ -1,6 +1,7 @@
 """A rollout batch as tensors."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ class Batch:
     rollout_logprobs: Tensor  # [B, T] float, as the engine computed them at sampling
     routes: Tensor | None = None  # [B, L, layers, k] experts that the engine chose, where it was asked to record them
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """[B] tokens of each row that the network sees."""
         return self.prompt_lengths + self.completion_lengths - 1
 
-    @property
+    @cached_property
     def completion_lengths(self) -> Tensor:
         """[B] tokens that were sampled."""
         return self.mask.sum(1).long()
