@@ -1,6 +1,7 @@
 """Kernels for one core of a CPU give what torch gives in float64, gradients too, and let pass what is not finite."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,17 +10,8 @@ from numba import njit
 from torch.nn import functional
 
 from harness.policy.kernels import arrays, on_one_core, without_kernels
-from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
-from harness.policy.kernels.cpu.lanes import (
-    FLOATS,
-    OPTIONS,
-    exp,
-    kernel,
-    largest,
-    load,
-    sigmoid,
-    store,
-)
+from harness.policy.kernels.cpu import attention, decoding, elements, experts, lanes, products
+from harness.policy.kernels.cpu.lanes import FLOATS, OPTIONS, exp, kernel, largest, load, sigmoid, store, version
 
 
 @pytest.fixture(autouse=True)
@@ -239,3 +231,12 @@ def test_where_kernels_apply():
         assert not on_one_core(states)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_kernels_are_compiled_again_where_any_of_their_files_has_changed(tmp_path):
+    for name in ("one.py", "other.py"):
+        (tmp_path / name).write_text("0")
+    before = version(tmp_path)
+    (tmp_path / "other.py").write_text("1")
+    assert version(tmp_path) != before
+    assert version(Path(lanes.__file__).parent) in attention.attend.py_func.__qualname__

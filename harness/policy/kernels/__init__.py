@@ -10,7 +10,8 @@ from torch import Tensor
 
 # Sizes of states and layers that kernels for a CPU take.
 MULTIPLE = 16
-
+# Of larger matrices libraries multiply such blocks as fit the cache.
+WIDEST = 512
 
 _LEFT_OUT = ContextVar("left_out", default=False)
 
@@ -34,10 +35,6 @@ def on_one_core(states: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not _LEFT_OUT.get()
     )
-
-
-# Of larger matrices libraries multiply such blocks as fit the cache.
-WIDEST = 512
 
 
 def takes_products(states: Tensor, *sizes: int) -> bool:

@@ -25,9 +25,6 @@ _NUMBERS, _INTEGERS = ir.VectorType(_NUMBER, WIDTH), ir.VectorType(_INTEGER, WID
 # Sums may be in any order; numbers that are not finite stay what they are.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "nogil": True}
 
-
-_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-
 # Types of arrays of one to four dimensions.
 FLOATS, FLOATS_2 = "float32[::1]", "float32[:, ::1]"
 FLOATS_3, FLOATS_4 = "float32[:, :, ::1]", "float32[:, :, :, ::1]"
@@ -38,12 +35,20 @@ INTEGERS, INTEGERS_2 = "int64[::1]", "int64[:, ::1]"
 inlined = njit(**OPTIONS, forceinline=True)
 
 
+def version(folder: Path) -> str:
+    """Changes with every file of code in a folder."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:8]
+
+
+_VERSION = version(Path(__file__).parent)
+
+
 def kernel(*arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a function of arguments of these types, which is compiled when it is first imported on a machine, and
     read from a file from then on."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        # Numba compiles again what has changed in the function's own file, but not what has changed in this one.
+        # Numba compiles again what has changed in the function's own file, but not where it calls functions of another.
         function.__qualname__ += f"_{_VERSION}"
         return njit(f"void({', '.join(arguments)})", cache=True, **OPTIONS)(function)
 
