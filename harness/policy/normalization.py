@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
             normalized = _FusedRMSNorm.apply(*given) if torch.is_grad_enabled() else _normalize(*given)
             return normalized.view(states.shape)
         states = states.to(self.weight.dtype)  # torch has no kernel for two precisions
-        if on_one_core(states):
+        if on_one_core(states) and states.shape[-1] == len(self.weight):
             rows = states.reshape(-1, states.shape[-1])
             return one_core.Normalization.apply(rows, self.weight, self.epsilon).view(states.shape)
         return nn.functional.rms_norm(states, self.weight.shape, self.weight, self.epsilon)

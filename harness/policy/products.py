@@ -34,13 +34,16 @@ def favours_onednn() -> bool:
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by whatever is fastest. No gradients."""
-    if takes_products(left, *right.shape):
+    fits = left.shape[-1] == right.shape[1] and (
+        bias is None or len(bias) == len(right)
+    )  # others are torch's to refuse
+    if fits and takes_products(left, *right.shape):
         from harness.policy.kernels.cpu import products
 
         rows = left.reshape(-1, left.shape[-1])
         out = torch.empty(len(rows), len(right))
         products.linear(*arrays(rows, right, torch.empty(0) if bias is None else bias, out))
-        return out.view(*left.shape[:-1], -1)
+        return out.view(*left.shape[:-1], len(right))
     if favours_onednn() and _pays(left, len(right)):
         return onednn_product(left, right, bias)
     return functional.linear(left, right, bias)

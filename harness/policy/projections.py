@@ -71,6 +71,10 @@ class JointAttention(nn.Module):
         self.sizes = [
             projection.out_features // self.head_dim for projection in (self.q_proj, self.k_proj, self.v_proj)
         ]
+        heads, groups, values = self.sizes
+        gains = [len(norm.weight) for norm in (self.q_norm, self.k_norm)] if self.normalizes else []
+        shaped = groups == values and not heads % groups and all(size == self.head_dim for size in gains)
+        self.suits_kernels = takes_heads(self.head_dim) and shaped
 
     def forward(
         self,
@@ -128,7 +132,7 @@ class JointAttention(nn.Module):
             packing: where tokens of a pass without padding belong.
             settings: for transformers' attention functions.
         """
-        fits = takes_heads(self.head_dim) and rotation[0].shape[-1] == self.head_dim
+        fits = self.suits_kernels and rotation[0].shape[-1] == self.head_dim
         if packing is not None and fits and on_one_core(hidden):
             arguments = (hidden[0], *joint, *(part[0, :, 0] for part in rotation))
             attended = one_core.Attention.apply(*arguments, self.sizes, self.scaling, packing)
@@ -194,7 +198,9 @@ class GatedFeedForward(nn.Module):
 
     def feed(self, states: Tensor, joint: Tensor) -> Tensor:
         """[..., H] from [..., H], by what :meth:`joint` gave."""
-        if takes_products(states, *joint.shape, *self.down_proj.weight.shape):
+        width, size = self.down_proj.weight.shape
+        fits = states.shape[-1] == width and joint.shape == (2 * size, width)
+        if fits and takes_products(states, width, size, 2 * size):
             return one_core.FeedForward.apply(states, joint, self.down_proj.weight)
         both = linear_layer(states, joint)
         rows = both.flatten(0, -2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.experts import transposed, transposes
-from harness.policy.kernels import MULTIPLE, WIDEST, arrays, on_one_core, takes_heads
+from harness.policy.kernels import MULTIPLE, WIDEST, arrays, on_one_core
 from harness.policy.loading import decoder
 from harness.policy.normalization import RMSNorm
 from harness.policy.one_core import head_constants
@@ -34,8 +34,8 @@ class OneCoreDecoder(SamplingWeights):
     def suits(cls, model: PreTrainedModel) -> bool:
         """Whether the model has the layers that are gone through here, which is tried once."""
         width = model.config.get_text_config().hidden_size
-        dims = {layer.head_dim for layer in model.modules() if isinstance(layer, JointAttention)}
-        fits = width <= WIDEST and not width % MULTIPLE and all(map(takes_heads, dims))
+        suit = all(layer.suits_kernels for layer in model.modules() if isinstance(layer, JointAttention))
+        fits = width <= WIDEST and not width % MULTIPLE and suit
         return fits and on_one_core(next(model.parameters())) and gives_the_same(cls, model)
 
     def __call__(self, **inputs: Any) -> Tensor:

@@ -240,3 +240,19 @@ def test_kernels_are_compiled_again_where_any_of_their_files_has_changed(tmp_pat
     (tmp_path / "other.py").write_text("1")
     assert version(tmp_path) != before
     assert version(Path(lanes.__file__).parent) in attention.attend.py_func.__qualname__
+
+
+def test_kernels_are_compiled_where_nothing_can_be_kept(monkeypatch):
+    def refuse(*arguments, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function")
+        return njit(*arguments, **options)
+
+    monkeypatch.setattr(lanes, "njit", refuse)
+
+    @kernel(FLOATS, FLOATS)
+    def copy(numbers, out):
+        for place in range(len(numbers)):
+            out[place] = numbers[place]
+
+    assert of_each(copy, [1.0, 2.0])[1].tolist() == [1, 2]

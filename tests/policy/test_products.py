@@ -189,3 +189,11 @@ def test_which_products_kernels_of_our_own_take(one_core):
     states = torch.zeros(2, 16)
     assert takes_products(states, 16, WIDEST) and not takes_products(states, 16, 2 * WIDEST)
     assert not takes_products(states, 24, 16) and not takes_products(states.double(), 16, 16)
+
+
+def test_shapes_that_do_not_fit_are_refused_and_no_rows_are_none(one_core):
+    with pytest.raises(RuntimeError):
+        product(torch.zeros(2, 32), torch.zeros(16, 64))
+    with pytest.raises(RuntimeError):
+        product(torch.zeros(2, 64), torch.zeros(16, 64), torch.zeros(3))
+    assert product(torch.zeros(2, 0, 64), torch.zeros(16, 64)).shape == (2, 0, 16)

@@ -50,7 +50,11 @@ def kernel(*arguments: str) -> Callable[[Callable[..., None]], Callable[..., Non
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         # Numba compiles again what has changed in the function's own file, but not where it calls functions of another.
         function.__qualname__ += f"_{_VERSION}"
-        return njit(f"void({', '.join(arguments)})", cache=True, **OPTIONS)(function)
+        kind = f"void({', '.join(arguments)})"
+        try:
+            return njit(kind, cache=True, **OPTIONS)(function)
+        except RuntimeError:  # there is no folder that it may be kept in
+            return njit(kind, **OPTIONS)(function)
 
     return decorate
 
