@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +14,12 @@ def cold_starts(tmp_path_factory):
         environment.setenv("LEVELFIELD_CACHE", str(tmp_path_factory.mktemp("cache")))
         environment.setenv("HF_HUB_OFFLINE", "1")
         yield
+
+
+@pytest.fixture
+def one_core():
+    """One thread, for which there are kernels of our own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -159,14 +159,6 @@ def test_a_model_gives_the_same_with_them(calls, name, batch):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.fixture
-def one_core():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 3, 70)])
 def test_kernels_of_our_own_give_values_and_gradients_of_torch(one_core, monkeypatch, rows, bias):

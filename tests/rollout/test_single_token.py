@@ -70,14 +70,6 @@ def test_dense_families(family):
     assert_equal_to_the_models_own(moved(prepared(dense(family.split()[0], **DENSE[family]))))
 
 
-@pytest.fixture
-def one_core():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("family", sorted(set(DENSE) - {"gemma"}))
 @pytest.mark.parametrize("sizes", [{"head_dim": 16}, {"head_dim": 32, "num_key_value_heads": 4}])
 def test_dense_families_on_one_core(one_core, family, sizes):
