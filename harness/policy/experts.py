@@ -1,8 +1,8 @@
 """Stacked experts by other means than transformers' grouped matrix products.
 
 On a GPU they are in the precision of autocast, which leaves grouped products alone: with float32 weights they would be
-computed in float32, one expert after the other, on a GPU that multiplies bfloat16 in one kernel. On a CPU gradients are
-in closed form, and a token's experts are added up while they are gathered.
+computed in float32, one expert after the other, on a GPU that multiplies bfloat16 in one kernel. On one core of a CPU
+all experts are one kernel of ours.
 """
 
 from collections.abc import Iterator, Sequence
