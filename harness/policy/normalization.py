@@ -1,6 +1,6 @@
 """Root-mean-square normalisation in one kernel; transformers' own models take eight operations, and as many gradients.
 
-On one core of a CPU it is ours. On a GPU under autocast either direction is compiled, and gives what matrix products take.
+On one core of a CPU it is ours. On a GPU under autocast either direction is compiled, and gives what products take.
 """
 
 import inspect

@@ -1,8 +1,8 @@
 """Products of the same states as one: queries, keys and values, or a feed-forward layer's gate and what it gates.
 
 transformers' layers make three products, normalise queries and keys one after the other, and rotate them likewise. Here
-they stay in one tensor for as long as the same is done to them. On one core of a CPU that is done by kernels of ours; on
-a GPU under autocast it is compiled.
+they stay in one tensor for as long as the same is done to them. On one core of a CPU kernels of ours do it; on a GPU
+under autocast it is compiled.
 """
 
 from collections.abc import Sequence
