@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from harness.policy import one_core
-from harness.policy.kernels import MULTIPLE, arrays, on_one_core
+from harness.policy.kernels import LANES, arrays, on_one_core
 
 # Names in a model's configuration.
 AUTOCAST_GROUPED_MM = "autocast_grouped_mm"
 CLOSED_FORM = "closed_form"
+
+_TRANSPOSED: ContextVar[Sequence[np.ndarray]] = ContextVar("transposed", default=())
 
 
 def follow_autocast(model: PreTrainedModel) -> None:
@@ -99,9 +101,6 @@ def closed_form_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, weig
     return one_core.Experts.apply(*arguments, _TRANSPOSED.get() or _transposes(experts))
 
 
-_TRANSPOSED: ContextVar[Sequence[np.ndarray]] = ContextVar("transposed", default=())
-
-
 def transposes(experts: nn.Module) -> Sequence[np.ndarray]:
     """What is computed from the weights alone of experts in closed form; none of others."""
     return _transposes(experts) if on_one_core(next(experts.parameters())) and _fits(experts) else ()
@@ -124,7 +123,7 @@ def transposed(weights: Sequence[np.ndarray]) -> Iterator[None]:
 def _fits(experts: Any) -> bool:
     """Whether the weights are laid out as kernels take them, in sizes that these take."""
     count, width, size = experts.down_proj.shape
-    fit = experts.gate_up_proj.shape == (count, 2 * size, width) and not (width % MULTIPLE or size % MULTIPLE)
+    fit = experts.gate_up_proj.shape == (count, 2 * size, width) and not (width % LANES or size % LANES)
     return fit and experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.float32
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from harness.policy.kernels import MULTIPLE
+from harness.policy.kernels import LANES
 
 
 class SlotLayer(DynamicLayer):
@@ -21,7 +21,7 @@ class SlotLayer(DynamicLayer):
     def __init__(self, rows: int, columns: int) -> None:
         """Room for so many tokens of so many sequences."""
         super().__init__()
-        self.rows, self.columns = rows, -(-columns // MULTIPLE) * MULTIPLE
+        self.rows, self.columns = rows, -(-columns // LANES) * LANES
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

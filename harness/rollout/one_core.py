@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from harness.policy.experts import transposed, transposes
-from harness.policy.kernels import MULTIPLE, WIDEST, arrays, on_one_core
+from harness.policy.kernels import LANES, WIDEST, arrays, on_one_core
 from harness.policy.loading import decoder
 from harness.policy.normalization import RMSNorm
 from harness.policy.one_core import head_constants
@@ -35,7 +35,7 @@ class OneCoreDecoder(SamplingWeights):
         """Whether the model has the layers that are gone through here, which is tried once."""
         width = model.config.get_text_config().hidden_size
         suit = all(layer.suits_kernels for layer in model.modules() if isinstance(layer, JointAttention))
-        fits = width <= WIDEST and not width % MULTIPLE and suit
+        fits = width <= WIDEST and not width % LANES and suit
         return fits and on_one_core(next(model.parameters())) and gives_the_same(cls, model)
 
     def __call__(self, **inputs: Any) -> Tensor:
@@ -70,7 +70,7 @@ class OneCoreDecoder(SamplingWeights):
                 with transposed(layer.experts):
                     update = layer.rest(normalized.unsqueeze(1)).squeeze(1)
                 decoding.add(states, inputs, *arrays(update), *layer.follower)
-        logits = torch.empty(len(tokens), len(self._head.panels) * MULTIPLE)
+        logits = torch.empty(len(tokens), len(self._head.panels) * LANES)
         decoding.project(inputs, *self._head, logits.numpy())
         return logits[:, : self.model.config.get_text_config().vocab_size]
 
@@ -84,7 +84,7 @@ class _Product(NamedTuple):
         """Of a linear layer, or what has such weights."""
         from harness.policy.kernels.cpu.decoding import panels
 
-        bias = torch.empty(0) if layer.bias is None else nn.functional.pad(layer.bias, (0, -len(layer.bias) % MULTIPLE))
+        bias = torch.empty(0) if layer.bias is None else nn.functional.pad(layer.bias, (0, -len(layer.bias) % LANES))
         return cls(panels(layer.weight), *arrays(bias))
 
 
@@ -107,7 +107,7 @@ class _Layer(NamedTuple):
 
         attention: JointAttention = layer.self_attn
         joint, gated = attention.joint(), None
-        if isinstance(layer.mlp, GatedFeedForward) and not layer.mlp.down_proj.in_features % MULTIPLE:
+        if isinstance(layer.mlp, GatedFeedForward) and not layer.mlp.down_proj.in_features % LANES:
             gated = panels(layer.mlp.joint()), panels(layer.mlp.down_proj.weight)
         return cls(
             projection=_Product.of(joint),

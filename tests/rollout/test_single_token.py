@@ -110,14 +110,17 @@ def test_other_dense_families_are_left_to_transformers(family):
     assert not SingleTokenDecoder.suits(prepared(dense(family)))
 
 
-def test_weights_that_have_changed_are_the_ones_that_sample():
-    model = prepared(fresh("tiny_dense"))
+@pytest.mark.parametrize("name", ["tiny_dense", "tiny_moe"])
+def test_weights_that_have_changed_are_the_ones_that_sample(one_core, name):
+    model = prepared(fresh(name))
     engine = EmbeddedEngine(model, compose().rollout, (EOS,), PAD, 12)
     before = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for layer in model.model.layers:
             for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj):
                 projection.weight.mul_(-1.5)
+            for weight in layer.mlp.parameters():
+                weight.mul_(-1.5)
     after = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))
     engine.policy = SamplingWeights(model)
     expected = engine.generate(PROMPTS, 3, torch.Generator().manual_seed(0))

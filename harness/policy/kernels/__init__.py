@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Sizes of states and layers that kernels for a CPU take.
-MULTIPLE = 16
+# Numbers that kernels for a CPU work on at once: sizes of states and layers are multiples of it.
+LANES = 16
 # Of larger matrices libraries multiply such blocks as fit the cache.
 WIDEST = 512
 
@@ -39,12 +39,12 @@ def on_one_core(states: Tensor) -> bool:
 
 def takes_products(states: Tensor, *sizes: int) -> bool:
     """Whether they multiply states by matrices of these sizes."""
-    return on_one_core(states) and max(sizes) <= WIDEST and not any(size % MULTIPLE for size in sizes)
+    return on_one_core(states) and max(sizes) <= WIDEST and not any(size % LANES for size in sizes)
 
 
 def takes_heads(dim: int) -> bool:
     """Whether they take heads of this size, whose halves are turned with each other."""
-    return dim == MULTIPLE or not dim % (2 * MULTIPLE)
+    return dim == LANES or not dim % (2 * LANES)
 
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:

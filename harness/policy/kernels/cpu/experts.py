@@ -17,12 +17,11 @@ from harness.policy.kernels.cpu.lanes import (
     kernel,
     load,
     repeat,
-    sigmoid,
     spread,
     store,
     total,
 )
-from harness.policy.kernels.cpu.products import four_rows, put_four
+from harness.policy.kernels.cpu.products import four_rows, gate, put_four, through_gate
 
 _ZERO = np.float32(0)
 
@@ -102,11 +101,7 @@ def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combi
                     first_weights, 2 * start + column, 2 * size, width,
                 )  # fmt: skip
                 put_four(both, slot * 2 * size + column, 2 * size, *sums)
-            for row in range(slot, min(slot + 4, end)):
-                for column in range(0, size, WIDTH):
-                    place = row * 2 * size + column
-                    opened = load(both, place)
-                    store(gated, row * size + column, opened * sigmoid(opened) * load(both, place + size))
+            gate(projected, inner, slot, min(end - slot, 4), slot)
             a = slot * size
             for column in range(0, width, WIDTH):
                 sums = four_rows(
@@ -153,15 +148,13 @@ def combine_backward(
                 share, along = spread(shares, order[row]), repeat(_ZERO)
                 for column in range(0, size, WIDTH):
                     slope, place = load(of_inner, (row - slot) * size + column), row * 2 * size + column
-                    opened, let = load(both, place), load(gated, row * size + column)
+                    let = load(gated, row * size + column)
                     along = fma(slope, let, along)
-                    slope = slope * share
-                    part = sigmoid(opened)
                     store(scaled, (row - begin) * size + column, let * share)
+                    given = through_gate(slope * share, load(both, place), load(both, place + size))
                     place = (row - begin) * 2 * size + column
-                    store(of_both, place + size, slope * opened * part)
-                    up = load(both, row * 2 * size + column + size)
-                    store(of_both, place, slope * up * (part + opened * part - opened * part * part))
+                    store(of_both, place, given[0])
+                    store(of_both, place + size, given[1])
                 of_shares[order[row]] = total(along)
             a = (slot - begin) * 2 * size
             for column in range(0, width, WIDTH):

@@ -18,7 +18,9 @@ from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, models, overload, register_model
 
-WIDTH = 16
+from harness.policy.kernels import LANES
+
+WIDTH = LANES
 _NUMBER, _INTEGER = ir.FloatType(), ir.IntType(32)
 _NUMBERS, _INTEGERS = ir.VectorType(_NUMBER, WIDTH), ir.VectorType(_INTEGER, WIDTH)
 
@@ -143,17 +145,6 @@ def larger(typing, left, right):
 
 
 @intrinsic
-def smaller(typing, left, right):
-    """The smaller one of each two, the left one where neither is."""
-
-    def generate(context, builder, signature, arguments):
-        left, right = arguments
-        return builder.select(builder.fcmp_ordered(">", left, right), right, left)
-
-    return _LANES(_LANES, _LANES), generate
-
-
-@intrinsic
 def total(typing, numbers):
     """The sum of the sixteen."""
 
@@ -236,7 +227,6 @@ _operator(operator.truediv, "fdiv")
 _LARGEST = np.float32(88)
 _LEAST = -87.0  # e^-87 is about the smallest float32 of full precision
 
-
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 # 1/2!, 1/3! and so on, but fitted to the interval that is left.
@@ -260,4 +250,4 @@ def exp(numbers):
 @inlined
 def sigmoid(numbers):
     """1 / (1 + e^-x)."""
-    return repeat(_ONE) / (repeat(_ONE) + exp(smaller(repeat(_ZERO) - numbers, repeat(_LARGEST))))
+    return repeat(_ONE) / (repeat(_ONE) + exp(repeat(_ZERO) - larger(numbers, repeat(-_LARGEST))))

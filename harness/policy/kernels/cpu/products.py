@@ -178,6 +178,14 @@ def gate(both, gated, first, rows, target):
             store(out, (target + row) * size + column, numbers * sigmoid(numbers) * load(given, place + size))
 
 
+@inlined
+def through_gate(slope, numbers, gated):
+    """Gradients of what comes into a gate and of what it gates, from that of what comes out."""
+    share = sigmoid(numbers)
+    opened = numbers * share
+    return slope * gated * (share + opened - opened * share), slope * opened
+
+
 @kernel(FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2)
 def feed_forward(states, gate_up, down, both, gated, out):
     """A SwiGLU layer.
@@ -210,11 +218,10 @@ def feed_forward_backward(gradient, states, gate_up, down, both, gated, of_state
         for row in range(rows):
             for column in range(0, size, WIDTH):
                 place, target = 2 * (first + row) * size + column, 2 * row * size + column
-                numbers, slope = load(given, place), load(passed, row * size + column)
-                share = sigmoid(numbers)
-                opened = numbers * share
-                store(out, target + size, slope * opened)
-                store(out, target, slope * load(given, place + size) * (share + opened - opened * share))
+                slope = load(passed, row * size + column)
+                slopes = through_gate(slope, load(given, place), load(given, place + size))
+                store(out, target, slopes[0])
+                store(out, target + size, slopes[1])
         multiply(of_both, 0, rows, first_panels, none, of_states, first)
         add_outer(of_both, 0, states, first, rows, of_gate_up)
         add_outer(gradient, first, gated, first, rows, of_down)
