@@ -34,9 +34,8 @@ def favours_onednn() -> bool:
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by whatever is fastest. No gradients."""
-    fits = left.shape[-1] == right.shape[1] and (
-        bias is None or len(bias) == len(right)
-    )  # others are torch's to refuse
+    # What does not fit is torch's to refuse.
+    fits = left.shape[-1] == right.shape[1] and (bias is None or len(bias) == len(right))
     if fits and takes_products(left, *right.shape):
         from harness.policy.kernels.cpu import products
 
