@@ -38,7 +38,7 @@ _CHECKPOINT_COPIES = 12
 # Of a generator's prompts, those that are held against the limit of their length before anything is sampled.
 _FIRST_PROMPTS = 256
 
-# Seconds between two notes in run.json of how far the run is, for those who watch; metrics.jsonl has every step.
+# Seconds between two times that what is new of a run is written, for those who watch; metrics.jsonl gets every step.
 _PROGRESS = 2.0
 
 
@@ -53,9 +53,12 @@ def train(config: RunConfig, directory: RunDirectory) -> None:
     trainer.resume()
     with open_loggers(config, directory, trainer.steps) as trainer.log:
         trainer.warm_up()
-        trainer.evaluate_reached(trainer.inside, trainer.inside)
-        while trainer.meter.fraction < 1:
-            trainer.step()
+        try:
+            trainer.evaluate_reached(trainer.inside, trainer.inside)
+            while trainer.meter.fraction < 1:
+                trainer.step()
+        finally:
+            trainer.tell()
         trainer.finish()
 
 
@@ -91,7 +94,8 @@ class Trainer:
         self.fractions = sorted(set(config.evaluation.fractions))
         self.evaluated = 0  # how many of the fractions are behind us
         self.steps = 0
-        self.told = -math.inf  # when run.json has last said how far the run is
+        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, not written yet
+        self.told = -math.inf  # when they were last written
         self.samples: list[dict[str, Any]] = []
         self.log: Log = lambda values, step: None  # train() puts the configured loggers here
         self.inside = self.snapshot()  # the latest state that lies inside the budget
@@ -128,20 +132,27 @@ class Trainer:
         except Diverged as error:
             failure, row = error, row | error.metrics
         self.steps += 1
-        row |= self._batch_metrics(sampled, rewards) | self._costs(phases_before)
-        self.directory.append_metrics(row)
-        self.log({name: value for name, value in row.items() if name != "step"}, self.steps)
-        if failure or time.monotonic() - self.told >= _PROGRESS:
-            self.told = time.monotonic()
-            self.directory.update_status(budget=self.meter.summary())
+        self.rows.append(row | self._batch_metrics(sampled, rewards) | self._costs(phases_before))
         if failure:
             raise failure
+        if time.monotonic() - self.told >= _PROGRESS:
+            self.tell()
         now = self.snapshot()
         self.evaluate_reached(before, now)
         self.inside = before if self.meter.fraction > 1 else now
         # The step that passes the limit is not a state to continue from: the one before it is what counts.
         if self.steps % self.config.checkpoint_every == 0 and self.meter.fraction < 1:
             self.checkpoint()
+
+    def tell(self) -> None:
+        """Write what is new of the run, if there is anything: its rows, and how far it is."""
+        if not self.rows:
+            return
+        rows, self.rows, self.told = self.rows, [], time.monotonic()
+        self.directory.append_metrics(rows)
+        for row in rows:
+            self.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+        self.directory.update_status(budget=self.meter.summary())
 
     def _sample(self) -> tuple[Batch, Rewards]:
         """All that is sampled and graded for this step; with dynamic sampling until enough groups are informative."""
@@ -240,10 +251,11 @@ class Trainer:
 
     def _batch_metrics(self, batch: Batch, rewards: Rewards) -> dict[str, float]:
         """Of all that was sampled, chosen to learn from or not."""
-        ended = (~lives(batch.completions, self.ends)).mul(batch.mask).sum(1) > 0
+        last = batch.completions.gather(1, batch.completion_lengths.unsqueeze(1) - 1)
         grouped = self.algorithm.completions_per_prompt > 1
-        zero_std = (~rewards.informative(batch.group_ids)).float().mean()
-        optional = {"reward/zero_std_fraction": float(zero_std)} if grouped else {}
+        optional = {}
+        if grouped:
+            optional["reward/zero_std_fraction"] = float((~rewards.informative(batch.group_ids)).float().mean())
         if self.config.task.step_verifier:
             optional["reward/step_mean"] = float(rewards.steps.nanmean())
         return optional | {
@@ -251,7 +263,7 @@ class Trainer:
             "reward/std": float(rewards.outcome.std(correction=1)),
             "reward/true_mean": float(rewards.true.mean()),
             "completion/length_mean": float(batch.completion_lengths.float().mean()),
-            "completion/truncated_fraction": float((~ended).float().mean()),
+            "completion/truncated_fraction": float(lives(last, self.ends).float().mean()),
         }
 
     def _costs(self, phases_before: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -283,6 +295,7 @@ class Trainer:
         reached = [fraction for fraction in self.fractions[self.evaluated :] if self.meter.fraction >= fraction]
         if not reached:
             return
+        self.tell()
         scores: list[dict[str, Any]] = []
         evaluated: dict[str, Any] | None = None
         for fraction in reached:
@@ -307,10 +320,10 @@ class Trainer:
         self.policy.load_state_dict(self.inside["weights"])
         self.policy.save_pretrained(self.directory.policy_dir)
         self.tokenizer.save_pretrained(self.directory.policy_dir)
-        self.directory.update_status(budget=self.meter.summary())
 
     def checkpoint(self) -> None:
         """Save all that the next step depends on."""
+        self.tell()
         self.directory.save_state(
             {
                 "policy": self.policy_updater.state_dict(),

@@ -56,7 +56,7 @@ def _status(*arguments):
 
 
 def test_a_running_cell_tells_what_it_has_spent_and_how_long_it_will_take(tmp_path):
-    _running(tmp_path, "gspo").append_metrics(_row(step=5, flops=25.0, seconds=10.0))
+    _running(tmp_path, "gspo").append_metrics([_row(step=5, flops=25.0, seconds=10.0)])
     (cell,) = read_cells(tmp_path)
     assert (cell.status, cell.step, cell.reward, cell.clip_fraction) == ("running", 5, 0.25, 0.0125)
     assert cell.spent == 0.25
@@ -65,8 +65,8 @@ def test_a_running_cell_tells_what_it_has_spent_and_how_long_it_will_take(tmp_pa
 
 
 def test_cells_to_do_count_in_the_time_left(tmp_path):
-    _running(tmp_path, "a").append_metrics(_row(step=5, flops=25.0, seconds=10.0))
-    _running(tmp_path, "b").append_metrics(_row(step=5, flops=50.0, seconds=10.0))
+    _running(tmp_path, "a").append_metrics([_row(step=5, flops=25.0, seconds=10.0)])
+    _running(tmp_path, "b").append_metrics([_row(step=5, flops=50.0, seconds=10.0)])
     _cell(tmp_path, "c")
     # 30 s and 10 s left of the running ones, (40 + 20) / 2 s for the third, two at a time.
     assert summary(read_cells(tmp_path)) == "3 cells: 2 running, 1 to do; about 0:00:35 left"
@@ -74,7 +74,7 @@ def test_cells_to_do_count_in_the_time_left(tmp_path):
 
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
     directory = _running(tmp_path, "gspo")
-    directory.append_metrics(_row(step=1, flops=10.0, seconds=1.0))
+    directory.append_metrics([_row(step=1, flops=10.0, seconds=1.0)])
     with open(directory.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "budget/fl')
     assert read_cells(tmp_path)[0].step == 1
@@ -175,22 +175,22 @@ def test_without_a_terminal_a_cell_is_told_of_when_it_passes_a_quarter_of_its_bu
     directory = _running(tmp_path, "gspo-s0")
     output = io.StringIO()
     with Progress([directory.path], Console(file=output, width=200)):
-        directory.append_metrics(_row(step=1, flops=10.0, seconds=1.0))
+        directory.append_metrics([_row(step=1, flops=10.0, seconds=1.0)])
     assert output.getvalue() == ""
     with Progress([directory.path], Console(file=output, width=200)):
-        directory.append_metrics(_row(step=3, flops=30.0, seconds=3.0, reward=0.5))
+        directory.append_metrics([_row(step=3, flops=30.0, seconds=3.0, reward=0.5)])
     assert output.getvalue() == ("gspo-s0: running, 30% of the budget, step 3, reward 0.500, clip fraction 1.25e-02\n")
 
 
 def test_a_run_whose_first_step_passed_the_budget_says_what_a_step_costs(tmp_path):
     directory = _cell(tmp_path, "gspo-s0", status="done", budget=_spent(250.0))
     (directory.path / "config.yaml").write_text("seed: 0\n")
-    directory.append_metrics(_row(step=1, flops=250.0, seconds=1.0))
+    directory.append_metrics([_row(step=1, flops=250.0, seconds=1.0)])
     (cell,) = read_cells(tmp_path)
     assert cell.reason is not None
     assert cell.reason.startswith("its first step passed budget.limits.flops=100: a step costs 250, ")
     assert "gspo-s0 done: its first step passed" in _status(tmp_path).stdout
-    directory.append_metrics(_row(step=2, flops=500.0, seconds=2.0))
+    directory.append_metrics([_row(step=2, flops=500.0, seconds=2.0)])
     directory.update_status(budget=_spent(500.0))
     assert read_cells(tmp_path)[0].reason is None
 
@@ -198,11 +198,11 @@ def test_a_run_whose_first_step_passed_the_budget_says_what_a_step_costs(tmp_pat
 def test_a_run_that_is_done_and_lacks_its_last_lines_says_so(tmp_path):
     directory = _cell(tmp_path, "gspo-s0", status="done", budget=_spent(100.0))
     (directory.path / "config.yaml").write_text("seed: 0\n")
-    directory.append_metrics(_row(step=1, flops=50.0, seconds=1.0))
+    directory.append_metrics([_row(step=1, flops=50.0, seconds=1.0)])
     assert (
         read_cells(tmp_path)[0].reason == "metrics.jsonl is not whole: remove its run directory and run the cell again"
     )
-    directory.append_metrics(_row(step=2, flops=100.0, seconds=2.0))
+    directory.append_metrics([_row(step=2, flops=100.0, seconds=2.0)])
     assert read_cells(tmp_path)[0].reason is None
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import harness.trainer
 from harness.analysis.figures import all_figures
 from harness.analysis.page import write_report
 from harness.analysis.style import figure_style
@@ -84,9 +85,14 @@ def processes(cold_starts):
     return context
 
 
+def _telling_every_step(directory):
+    harness.trainer._PROGRESS = 0.0
+    run_cell(directory)
+
+
 def _kill_at(moment, directory, processes):
     """Start the run, or continue it, and kill it at the moment; whether that succeeded."""
-    process = processes.Process(target=run_cell, args=(directory,))
+    process = processes.Process(target=_telling_every_step, args=(directory,))
     process.start()
     while process.is_alive() and not moment(directory.path):
         time.sleep(0.0002)
@@ -434,17 +440,19 @@ def test_a_sweep_in_which_nothing_was_ever_rewarded_has_a_report(results, tmp_pa
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0.0, [2, 4, 6, 6]), (1e9, [2, 6])])
-def test_how_far_a_run_is_stands_in_its_directory_now_and_then_and_at_its_end(results, monkeypatch, seconds, told):
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, [2, 4, 6]), (1e9, [2, 6])])
+def test_what_is_new_of_a_run_is_written_now_and_then_and_at_its_end(results, monkeypatch, seconds, told):
     monkeypatch.setattr("harness.trainer._PROGRESS", seconds)
     said, update = [], RunDirectory.update_status
 
     def listening(directory, **fields):
         if set(fields) == {"budget"}:
             said.append(fields["budget"]["spent"]["updates"])
+            assert [row["budget/updates"] for row in lines(directory, METRICS)] == [2, 4, 6][: int(said[-1]) // 2]
         update(directory, **fields)
 
     monkeypatch.setattr(RunDirectory, "update_status", listening)
-    directory = run(results, f"sweep=told_{seconds}", "algorithm.minibatches=2", "budget.limits.updates=6")
+    settings = ["algorithm.minibatches=2", "budget.limits.updates=6", "checkpoint_every=9"]
+    directory = run(results, f"sweep=told_{seconds}", *settings)
     assert said == told
     assert directory.read_status()["budget"]["spent"]["updates"] == 6

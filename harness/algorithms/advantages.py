@@ -33,24 +33,23 @@ def group_statistics(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         rewards: [B] float.
-        group_ids: [B] int.
+        group_ids: [B] int, at least 0.
 
     Returns:
         mean [B] and std [B]; a group of one has mean 0 and std 1, so that its advantage is its reward.
     """
-    _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    size = counts.to(rewards.dtype)
-    mean = torch.zeros_like(size).index_add_(0, index, rewards) / size
-    squares = torch.zeros_like(size).index_add_(0, index, (rewards - mean[index]) ** 2)
+    size = group_ids.bincount().to(rewards.dtype)
+    mean = torch.zeros_like(size).index_add_(0, group_ids, rewards) / size
+    squares = torch.zeros_like(size).index_add_(0, group_ids, (rewards - mean[group_ids]) ** 2)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    alone = counts == 1
-    return mean.masked_fill(alone, 0.0)[index], std.masked_fill(alone, 1.0)[index]
+    alone = size == 1
+    return mean.masked_fill(alone, 0.0)[group_ids], std.masked_fill(alone, 1.0)[group_ids]
 
 
 def group_sums(values: Tensor, group_ids: Tensor) -> Tensor:
     """[B] the sum of ``values`` [B] over each completion's group."""
-    groups, index = torch.unique(group_ids, return_inverse=True)
-    return values.new_zeros(len(groups)).index_add_(0, index, values)[index]
+    groups = int(group_ids.max()) + 1
+    return values.new_zeros(groups).index_add_(0, group_ids, values)[group_ids]
 
 
 def all_equal(rewards: Tensor, std: Tensor) -> Tensor:

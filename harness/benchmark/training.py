@@ -78,6 +78,7 @@ class WholeSteps:
         started = time.perf_counter()
         for _ in range(self.sizes.batches):
             self.trainer.step()
+        self.trainer.tell()
         seconds = time.perf_counter() - started
         after = self.trainer.meter.summary()
         tokens = after["spent"]["tokens"] - before["spent"]["tokens"]

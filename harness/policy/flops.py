@@ -37,8 +37,9 @@ class ForwardCost:
 
     def full(self, lengths: Tensor, outputs: Tensor | int) -> float:
         """Whole sequences at once: ``lengths`` [B] tokens each, in host memory, and how many outputs need the head."""
-        length = lengths.numpy().astype(float)
-        return float(self.linear * length.sum() + self.attention * length.dot(length) + self.head * float(outputs))
+        each = lengths.tolist()  # a few hundred numbers, which Python adds up before another library's code is at hand
+        pairs = sum(length * length for length in each)
+        return self.linear * sum(each) + self.attention * pairs + self.head * float(outputs)
 
     def batch(self, batch: Batch) -> float:
         """One forward pass over a rollout batch, the head at completion positions alone."""
@@ -53,10 +54,10 @@ class ForwardCost:
             group_size: completions that share a prompt's reading.
         """
         prompts = prompt_lengths[::group_size]
-        fed = completion_lengths.numpy() - 1.0
-        contexts = fed.dot(prompt_lengths.numpy()) + fed.dot(fed + 1) / 2
-        decode = (self.linear + self.head) * fed.sum() + self.attention * contexts
-        return self.full(prompts, len(prompts)) + float(decode)
+        fed = [length - 1 for length in completion_lengths.tolist()]
+        contexts = sum(n * prompt + n * (n + 1) // 2 for n, prompt in zip(fed, prompt_lengths.tolist(), strict=True))
+        decode = (self.linear + self.head) * sum(fed) + self.attention * contexts
+        return self.full(prompts, len(prompts)) + decode
 
 
 def forward_cost(network: PreTrainedModel, head: nn.Linear, config: PretrainedConfig) -> ForwardCost:

@@ -77,9 +77,9 @@ class RunDirectory:
         text = json.dumps(_finite({**self.read_status(), **fields}), indent=2, allow_nan=False) + "\n"
         replace_file(self.path / "run.json", partial(_write, text.encode()))
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add the line of one rollout batch to metrics.jsonl; numbers that are not finite become null."""
-        _append(self.path / METRICS, [row])
+    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add the lines of rollout batches to metrics.jsonl; numbers that are not finite become null."""
+        _append(self.path / METRICS, rows)
 
     def append_evaluations(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add the lines of one evaluation point to evaluations.jsonl."""

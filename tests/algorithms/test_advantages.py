@@ -9,6 +9,7 @@ from harness.algorithms.value import explained_variance, value_loss
 from harness.config import compose
 
 GRPO = compose(["algorithm=grpo"]).algorithm
+ONE_GROUP = torch.zeros(4, dtype=torch.long)
 REWARDS = torch.tensor([95.0, 70.0, 85.0, 80.0])
 
 
@@ -124,7 +125,7 @@ def test_scaling_by_the_batch_uses_the_deviation_of_all_rewards():
 @pytest.mark.parametrize("scale", ["std", "batch"])
 def test_equal_rewards_give_no_advantage_however_they_are_scaled(scale):
     config = {"name": "group", "scale": scale, "epsilon": 1e-6}
-    assert per_completion(config, torch.full((4,), 0.1), RAGGED, torch.zeros(4)) == [0.0] * 4
+    assert per_completion(config, torch.full((4,), 0.1), RAGGED, ONE_GROUP[:4]) == [0.0] * 4
 
 
 def test_steps_are_compared_with_all_steps_of_the_group():
@@ -133,18 +134,18 @@ def test_steps_are_compared_with_all_steps_of_the_group():
     ends = torch.tensor([[True, False, True], [True, True, False]])
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     config = {"name": "group", "scale": "none", "epsilon": 1e-6}
-    advantages, _ = advantages_of(config, rewards, mask, torch.zeros(2), ends=ends)
+    advantages, _ = advantages_of(config, rewards, mask, ONE_GROUP[:2], ends=ends)
     assert advantages.tolist() == [[-0.5, -0.75, -0.75], [0.5, 0.25, 0.0]]
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():
     rewards, mask = torch.tensor([1.0, 2.0, 6.0]), torch.ones(3, 2)
-    advantages = per_completion({"name": "leave_one_out"}, rewards, mask, torch.zeros(3))
+    advantages = per_completion({"name": "leave_one_out"}, rewards, mask, ONE_GROUP[:3])
     assert advantages == pytest.approx([1 - 4.0, 2 - 3.5, 6 - 1.5])
 
 
 def test_leaving_one_out_of_a_group_of_one_keeps_its_reward():
-    assert per_completion({"name": "leave_one_out"}, torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1)) == [0.5]
+    assert per_completion({"name": "leave_one_out"}, torch.tensor([0.5]), torch.ones(1, 2), ONE_GROUP[:1]) == [0.5]
 
 
 def test_the_optimal_baseline_weights_rewards_by_length():
@@ -154,7 +155,7 @@ def test_the_optimal_baseline_weights_rewards_by_length():
 
 
 def test_the_optimal_baseline_of_a_group_of_one_is_0():
-    assert per_completion({"name": "optimal_baseline"}, torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1)) == [0.5]
+    assert per_completion({"name": "optimal_baseline"}, torch.tensor([0.5]), torch.ones(1, 2), ONE_GROUP[:1]) == [0.5]
 
 
 def test_uninformative_groups_do_not_thin_out_the_others():

@@ -41,7 +41,7 @@ def test_status_is_merged_not_replaced(tmp_path):
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.append_metrics({"step": 1, "loss": float("nan"), "ratio/max": float("inf"), "entropy": 0.5})
+    directory.append_metrics([{"step": 1, "loss": float("nan"), "ratio/max": float("inf"), "entropy": 0.5}])
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 1, "loss": None, "ratio/max": None, "entropy": 0.5}
     directory.update_status(budget={"spent": {"flops": float("inf")}})
@@ -62,10 +62,10 @@ def test_state_comes_back_as_it_was_saved(tmp_path):
 
 def test_truncating_forgets_what_came_after_the_state_and_a_torn_last_line(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.append_metrics({"step": 1})
+    directory.append_metrics([{"step": 1}])
     directory.append_evaluations([{"step": 0, "task": "a"}, {"step": 0, "task": "b"}])
     counts = directory.line_counts()
-    directory.append_metrics({"step": 2})
+    directory.append_metrics([{"step": 2}])
     directory.append_samples([{"step": 2}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
@@ -77,7 +77,7 @@ def test_truncating_forgets_what_came_after_the_state_and_a_torn_last_line(tmp_p
 
 def test_truncating_leaves_a_file_alone_that_is_right_already(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.append_metrics({"step": 1})
+    directory.append_metrics([{"step": 1}])
     before = (tmp_path / "metrics.jsonl").stat().st_ino
     directory.truncate(directory.line_counts())
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before
@@ -124,12 +124,12 @@ def test_a_directory_is_whole_after_kills_at_random_moments(tmp_path):
 
 def test_a_full_disk_corrupts_nothing(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.append_metrics({"step": 1})
+    directory.append_metrics([{"step": 1}])
     directory.update_status(status="running")
     directory.save_state({"step": 1})
     with _files_no_larger_than(2048):
         with pytest.raises(OSError):
-            directory.append_metrics({"step": 2, "padding": "x" * 4000})
+            directory.append_metrics([{"step": 2, "padding": "x" * 4000}])
         with pytest.raises(OSError):
             directory.update_status(padding="x" * 4000)
         with pytest.raises((OSError, RuntimeError)):
@@ -204,7 +204,7 @@ def _write_for_ever(path, report):
         state = directory.load_state() or {"step": 0, "lines": {}}
         directory.truncate(state["lines"])
         for step in itertools.count(state["step"] + 1):
-            directory.append_metrics({"step": step, "padding": "x" * 3000})
+            directory.append_metrics([{"step": step, "padding": "x" * 3000}])
             directory.update_status(status="running", step=step, padding="x" * 3000)
             directory.save_state({"step": step, "lines": directory.line_counts(), "weights": torch.full((5000,), step)})
             os.write(report, f"{step}\n".encode())

@@ -1,6 +1,7 @@
 """TensorBoard for real; wandb and trackio as recordings of their signatures (wandb 0.31, trackio 0.43)."""
 
 import sys
+import time
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -97,6 +98,7 @@ def test_a_continued_run_shows_each_step_once(tmp_path):
 
 def test_a_run_that_begins_again_shows_nothing_of_before(tmp_path):
     log([], tmp_path, [(0, {"eval/sums": 0.5}), (1, {"loss": 0.5})])
+    time.sleep(1.1)  # TensorBoard orders files of one process by the second and a number without leading zeros
     log([], tmp_path, [(1, {"loss": 0.25})])
     assert scalars(tmp_path) == {"loss": [(1, 0.25)], "eval/sums": []}
 
