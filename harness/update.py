@@ -95,9 +95,10 @@ class Updater(ABC):
 
     def __init__(self, network: nn.Module, config: RunConfig, learning_rate: float, max_grad_norm: float) -> None:
         self.network, self.config, self.max_grad_norm = network, config, max_grad_norm
+        self.parameters = list(network.parameters())  # listed once, since that takes as long as clipping them
         self.settings: OptimizerConfig = config.algorithm.optimizer
         self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+            self.parameters,
             lr=learning_rate,
             betas=(self.settings.beta1, self.settings.beta2),
             eps=self.settings.epsilon,
@@ -106,7 +107,7 @@ class Updater(ABC):
         )
         self.learning_rate = learning_rate
         self.updates = 0
-        self.device = next(network.parameters()).device
+        self.device = self.parameters[0].device
 
     def update(self, batch: Batch, targets: Targets, generator: torch.Generator, metrics: Metrics) -> None:
         """Make `epochs` x `minibatches` optimizer steps.
@@ -149,7 +150,7 @@ class Updater(ABC):
 
     def _step(self, loss: Tensor, metrics: Metrics) -> Tensor:
         """Clip the gradient and step, unless one was not finite; returns loss and gradient norm [2]."""
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         metrics.mean(f"{self.prefix}loss", loss, 1)
         metrics.mean(f"{self.prefix}grad_norm", norm, 1)
         self.optimizer.found_inf.add_((loss + norm).isfinite().logical_not()).clamp_(max=1)  # type: ignore[attr-defined]

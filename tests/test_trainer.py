@@ -27,8 +27,8 @@ from harness.config import compose, load
 from harness.errors import ConfigError, Diverged
 from harness.evaluation import evaluate
 from harness.evaluation.entries import LOCAL_TASKS
+from harness.policy.decoder_layer import DecoderLayer
 from harness.policy.loading import load_policy
-from harness.policy.normalization import RMSNorm
 from harness.policy.tokenizer import build_tokenizer
 from harness.runs import load_runs
 from harness.runs.directory import EVALUATIONS, METRICS, RunDirectory
@@ -297,8 +297,10 @@ def test_micro_batches_change_no_result(results, cell):
 def test_activations_computed_again_change_no_result_and_are_charged(results, cell, monkeypatch):
     load_policy(compose([*TINY, *cell]).model, "cpu")  # the cold start, which is not counted
     passes: list[bool] = []
-    forward = RMSNorm.forward
-    monkeypatch.setattr(RMSNorm, "forward", lambda *args: passes.append(torch.is_grad_enabled()) or forward(*args))
+    layer = DecoderLayer._in_halves
+    monkeypatch.setattr(
+        DecoderLayer, "_in_halves", lambda *args: passes.append(torch.is_grad_enabled()) or layer(*args)
+    )
     rows, counts = [], []
     for setting in ("false", "true"):
         passes.clear()
@@ -306,8 +308,8 @@ def test_activations_computed_again_change_no_result_and_are_charged(results, ce
         rows += lines(directory, METRICS)
         counts.append(sum(passes))
     kept, again = rows
-    layers, in_a_layer, networks = 3, 2, 2 if "algorithm=ppo" in cell else 1  # heads are normalised elsewhere
-    assert counts[1] - counts[0] == UPDATES * layers * in_a_layer * networks
+    layers, networks = 3, 2 if "algorithm=ppo" in cell else 1
+    assert counts[1] - counts[0] == UPDATES * layers * networks
     measured = {key for key in kept if not key.startswith(("flops/", "budget/"))}
     assert {key: again[key] for key in measured} == {key: kept[key] for key in measured}
     assert 1.2 < again["flops/update"] / kept["flops/update"] < 4 / 3

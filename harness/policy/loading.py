@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from harness.config import ModelConfig
 from harness.errors import ConfigError
 from harness.policy.architecture import unreadable
+from harness.policy.decoder_layer import join_halves
 from harness.policy.experts import follow_autocast, use_closed_form
 from harness.policy.kernels import without_kernels
 from harness.policy.normalization import fuse_normalization
@@ -85,6 +86,8 @@ def prepare_layers(model: PreTrainedModel, device: str) -> None:
         fuse_normalization(model)
         drop_padding(model)
         join_projections(model)
+        if device == "cpu":
+            join_halves(model)
     model.to(torch.device(device))  # type: ignore[arg-type]
     if device == "cuda":
         follow_autocast(model)

@@ -4,7 +4,7 @@ Kernels are imported where they are called: a GPU's processes never do.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,50 +23,32 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        from harness.policy.kernels.cpu import products
-
         rows = states.reshape(-1, states.shape[-1])
-        both, gated = torch.empty(len(rows), len(gate_up)), torch.empty(len(rows), down.shape[1])
-        out = torch.empty(rows.shape)
-        products.feed_forward(*arrays(rows, gate_up, down, both, gated, out))
+        out, both, gated = _feed_forward(rows, gate_up, down)
         ctx.save_for_backward(rows, gate_up, down, both, gated)
         return out.view(states.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from harness.policy.kernels.cpu import products
-
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
-        rows, gate_up, down, *_ = saved
-        of_states, of_gate_up, of_down = torch.empty(rows.shape), torch.zeros(gate_up.shape), torch.zeros(down.shape)
-        given = arrays(gradient.reshape(rows.shape), *saved, of_states, of_gate_up, of_down)
-        products.feed_forward_backward(*given)
-        return of_states.view(gradient.shape), of_gate_up, of_down
+        of_rows, *of_weights = _feed_forward_backward(gradient.reshape(saved[0].shape), *saved)
+        return of_rows.view(gradient.shape), *of_weights
 
 
 class Normalization(torch.autograd.Function):
     """Root mean square layer normalization of rows [N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        from harness.policy.kernels.cpu import elements
-
-        normalized, scale = torch.empty(states.shape), torch.empty(len(states))
-        given, gain = arrays(states, weight)
-        elements.normalize(given, gain, epsilon, normalized.numpy(), scale.numpy())
-        ctx.save_for_backward(states, weight, scale)
+    def forward(ctx: Any, states: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        normalized, scale = _normalize(states, gain, epsilon)
+        ctx.save_for_backward(states, gain, scale)
         return normalized
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        from harness.policy.kernels.cpu import elements
-
-        states, weight, scale = ctx.saved_tensors
-        of_states, of_weight = torch.empty(states.shape), torch.zeros_like(weight)
-        elements.normalize_backward(*arrays(gradient, states, weight, scale, of_states, of_weight))
-        return of_states, of_weight, None
+        return *_normalize_backward(gradient, *ctx.saved_tensors), None
 
 
 class Attention(torch.autograd.Function):
@@ -82,48 +64,207 @@ class Attention(torch.autograd.Function):
         epsilon: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        sizes: Sequence[int],
-        scaling: float,
+        heads: "Heads",
         packing: "Packing",
     ) -> Tensor:
-        from harness.policy.kernels.cpu import attention, elements
-
-        (heads, groups, _), dim = sizes, cos.shape[-1]
-        states = product(hidden, weight, bias).unflatten(-1, (-1, dim))
-        turned, constants = torch.empty(states.shape), head_constants(gain, epsilon, cos.shape[-1])
-        elements.turn(*arrays(states), *constants, *arrays(cos, sin), heads + groups, turned.numpy())
-        attended = torch.zeros(len(hidden), heads, dim)
-        sums = torch.empty(2, len(hidden), heads)
-        places = arrays(*packing.places())
-        attention.attend(turned.numpy(), *places, heads, groups, scaling, *arrays(attended, *sums))
-        ctx.save_for_backward(hidden, weight, bias, gain, epsilon, cos, sin, states, turned, sums)
-        ctx.sizes, ctx.scaling, ctx.places = sizes, scaling, places
-        return attended.flatten(1)
+        added = None if epsilon is None else float(epsilon)
+        attended, *between = _attend(hidden, weight, bias, gain, added, cos, sin, heads, packing)
+        ctx.save_for_backward(hidden, weight, bias, gain, cos, sin, *between)
+        ctx.others = added, heads, packing
+        return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from harness.policy.kernels.cpu import attention, elements
+        return *_attend_backward(gradient, *ctx.saved_tensors, *ctx.others), *[None] * 5
 
-        hidden, weight, bias, gain, epsilon, cos, sin, states, turned, sums = ctx.saved_tensors
-        heads, groups, _ = ctx.sizes
-        of_turned = torch.zeros(turned.shape)
-        attention.attend_backward(
-            *arrays(gradient.unflatten(-1, (heads, -1)), turned), *ctx.places, heads, groups, ctx.scaling,
-            *arrays(*sums, of_turned),
-        )  # fmt: skip
-        of_states, constants = torch.empty(states.shape), head_constants(gain, epsilon, cos.shape[-1])
-        of_gain = torch.zeros(constants[0].shape)
-        elements.turn_backward(
-            *arrays(of_turned, states), *constants, *arrays(cos, sin), heads + groups, *arrays(of_states, of_gain)
+
+class Attending(torch.autograd.Function):
+    """The first half of a layer: tokens [N, H] of a pass without padding, and what they attend to added to them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        output: Tensor,
+        output_bias: Tensor | None,
+        epsilons: tuple[float, float],
+        cos: Tensor,
+        sin: Tensor,
+        heads: "Heads",
+        packing: "Packing",
+    ) -> Tensor:
+        normalized, scale = _normalize(tokens, norm, epsilons[0])
+        weight, gain = torch.cat([query, key, value]), None
+        if query_norm is not None and key_norm is not None:
+            gain = torch.cat([query_norm.expand(heads.queries, -1), key_norm.expand(heads.keys, -1)])
+        attended, *between = _attend(normalized, weight, bias, gain, epsilons[1], cos, sin, heads, packing)
+        ctx.save_for_backward(tokens, norm, scale, output, attended, normalized, weight, bias, gain, cos, sin, *between)
+        ctx.others = epsilons[1], heads, packing
+        return product(attended, output, output_bias).add_(tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm, scale, output, attended, *saved = ctx.saved_tensors
+        heads: Heads = ctx.others[1]
+        gradient = gradient.contiguous()
+        of_normalized, of_weight, of_bias, of_gain = _attend_backward(
+            product(gradient, output.t()), *saved, *ctx.others
         )
-        rows = of_states.flatten(1)
-        of_hidden, of_weight = product(rows, weight.t()), sum_of_outer_products(rows, hidden)
-        of_bias = None if bias is None else rows.sum(0)
-        return of_hidden, of_weight, of_bias, None if gain is None else of_gain, *[None] * 6
+        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale)
+        of_query, of_key, of_value = of_weight.split([count * heads.dim for count in heads[:2] + heads[1:2]])
+        of_query_norm, of_key_norm = (
+            (None, None) if of_gain is None else (of_gain[: heads.queries].sum(0), of_gain[heads.queries :].sum(0))
+        )
+        return (
+            of_tokens.add_(gradient), of_norm, of_query, of_key, of_value, of_bias, of_query_norm, of_key_norm,
+            sum_of_outer_products(gradient, attended), gradient.sum(0) if ctx.needs_input_grad[9] else None,
+            *[None] * 5,
+        )  # fmt: skip
 
 
-def head_constants(gain: Tensor | None, epsilon: Tensor | None, dim: int) -> tuple[np.ndarray, float]:
+class Feeding(torch.autograd.Function):
+    """The second half: tokens [N, H], and what a SwiGLU layer makes of them added to them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, norm: Tensor, epsilon: float, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        normalized, scale = _normalize(tokens, norm, epsilon)
+        gate_up = torch.cat([gate, up])
+        out, both, gated = _feed_forward(normalized, gate_up, down)
+        ctx.save_for_backward(tokens, norm, scale, normalized, gate_up, down, both, gated)
+        return out.add_(tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm, scale, *saved = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_normalized, of_gate_up, of_down = _feed_forward_backward(gradient, *saved)
+        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale)
+        return of_tokens.add_(gradient), of_norm, None, *of_gate_up.chunk(2), of_down
+
+
+class Heads(NamedTuple):
+    """How many there are of queries, and of keys and values; their size; and what scores are multiplied by."""
+
+    queries: int
+    keys: int
+    dim: int
+    scaling: float
+
+
+def _normalize(states: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Vectors [N, D] over their root mean square, times the gain [D]; and one over that [N]."""
+    from harness.policy.kernels.cpu import elements
+
+    normalized, scale = torch.empty(states.shape), torch.empty(len(states))
+    elements.normalize(*arrays(states, gain), epsilon, *arrays(normalized, scale))
+    return normalized, scale
+
+
+def _normalize_backward(gradient: Tensor, states: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    from harness.policy.kernels.cpu import elements
+
+    of_states, of_gain = torch.empty(states.shape), torch.zeros(gain.shape)
+    elements.normalize_backward(*arrays(gradient, states, gain, scale, of_states, of_gain))
+    return of_states, of_gain
+
+
+def _feed_forward(states: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, H] from [N, H]; and what comes into the gate [N, 2 x I] and out of it [N, I]."""
+    from harness.policy.kernels.cpu import products
+
+    both, gated = torch.empty(len(states), len(gate_up)), torch.empty(len(states), down.shape[1])
+    out = torch.empty(states.shape)
+    products.feed_forward(*arrays(states, gate_up, down, both, gated, out))
+    return out, both, gated
+
+
+def _feed_forward_backward(
+    gradient: Tensor, states: Tensor, gate_up: Tensor, down: Tensor, both: Tensor, gated: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from harness.policy.kernels.cpu import products
+
+    of_states, of_gate_up, of_down = torch.empty(states.shape), torch.zeros(gate_up.shape), torch.zeros(down.shape)
+    products.feed_forward_backward(
+        *arrays(gradient, states, gate_up, down, both, gated, of_states, of_gate_up, of_down)
+    )
+    return of_states, of_gate_up, of_down
+
+
+def _attend(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    epsilon: float | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: Heads,
+    packing: "Packing",
+) -> tuple[Tensor, ...]:
+    """[N, heads x D] from [N, H]; and heads before and after they are turned, and what weights were divided by."""
+    from harness.policy.kernels.cpu import attention, elements
+
+    states = product(hidden, weight, bias).unflatten(-1, (-1, heads.dim))
+    turned, constants = torch.empty(states.shape), head_constants(gain, epsilon, heads.dim)
+    elements.turn(*arrays(states), *constants, *arrays(cos, sin), heads.queries + heads.keys, *arrays(turned))
+    attended, sums = torch.zeros(len(hidden), heads.queries, heads.dim), torch.empty(2, len(hidden), heads.queries)
+    attention.attend(
+        *arrays(turned, *packing.places()), heads.queries, heads.keys, heads.scaling, *arrays(attended, *sums)
+    )
+    return attended.flatten(1), states, turned, sums
+
+
+def _attend_backward(
+    gradient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    states: Tensor,
+    turned: Tensor,
+    sums: Tensor,
+    epsilon: float | None,
+    heads: Heads,
+    packing: "Packing",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the states, the weight, its bias and the gain."""
+    from harness.policy.kernels.cpu import attention, elements
+
+    of_turned = torch.zeros(turned.shape)
+    attention.attend_backward(
+        *arrays(gradient.unflatten(-1, (-1, heads.dim)), turned, *packing.places()), heads.queries, heads.keys,
+        heads.scaling, *arrays(*sums, of_turned),
+    )  # fmt: skip
+    of_states, constants = torch.empty(states.shape), head_constants(gain, epsilon, heads.dim)
+    of_gain = torch.zeros(constants[0].shape)
+    elements.turn_backward(
+        *arrays(of_turned, states), *constants, *arrays(cos, sin), heads.queries + heads.keys,
+        *arrays(of_states, of_gain),
+    )  # fmt: skip
+    rows = of_states.flatten(1)
+    return (
+        product(rows, weight.t()),
+        sum_of_outer_products(rows, hidden),
+        None if bias is None else rows.sum(0),
+        None if gain is None else of_gain,
+    )
+
+
+def head_constants(gain: Tensor | None, epsilon: Tensor | float | None, dim: int) -> tuple[np.ndarray, float]:
     """Of the normalisation of heads, as kernels take them; without one there are no gains."""
     if gain is None or epsilon is None:
         return np.empty((0, dim), np.float32), 0.0

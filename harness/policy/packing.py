@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE, is_padding_free
 from harness.policy.fusion import compiles
+from harness.policy.kernels import on_one_core
 from harness.policy.products import MULTIPLE
 from harness.rollout.batch import Batch, join, send
 
@@ -43,7 +44,7 @@ class Packing:
         self._shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
         device, padding_free = network.device, is_padding_free(network)
         columns = torch.arange(self._shape[1]).expand(self._shape)
-        layout = _packed(batch, columns) if padding_free else _all(columns)
+        layout = _packed(batch, columns, _multiple(network)) if padding_free else _all(columns)
         self.completion = send(layout.tokens[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
         self._layout, self._device = layout, device
@@ -156,7 +157,14 @@ class _Scattering:
         return _Scattering(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
-def _packed(batch: Batch, columns: Tensor) -> _Layout:
+def _multiple(network: PreTrainedModel) -> int:
+    """What tokens are filled up to a multiple of."""
+    layers = getattr(network, "layers", ())
+    any_count = bool(layers) and all(getattr(layer, "takes_any_count", False) for layer in layers)
+    return 1 if any_count and on_one_core(next(network.parameters())) else MULTIPLE
+
+
+def _packed(batch: Batch, columns: Tensor, multiple: int) -> _Layout:
     """Tokens alone, each once for the rows that begin alike up to it.
 
     At least one more fills up their number. What is computed from it reaches no completion, so that its gradients are
@@ -165,6 +173,7 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
     Args:
         batch: in host memory.
         columns: [B, L] of each position.
+        multiple: of what their number is to be.
     """
     first = batch.first
     own = first == torch.arange(len(first)).unsqueeze(1)
@@ -174,7 +183,7 @@ def _packed(batch: Batch, columns: Tensor) -> _Layout:
     tokens = torch.where(first < 0, count, owner[first, columns])
     return _Layout(
         tokens=tokens,
-        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, MULTIPLE - count % MULTIPLE)),
+        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, multiple - count % multiple)),
         rows=tokens[attending].flatten(),
         begins=own[attending].int().argmax(1),
         ends=(first[attending] >= 0).sum(1),

@@ -94,22 +94,30 @@ class JointAttention(nn.Module):
 
     def joint(self) -> Joint:
         """What is computed from the weights alone; it stays the same until they change."""
-        return Joint(stacked([projection.weight for projection in self.projections()]), *self.beside())
+        return Joint(
+            stacked([projection.weight for projection in self.projections()]), self.bias(), *self.normalization()
+        )
+
+    def heads(self) -> one_core.Heads:
+        """As kernels take them."""
+        return one_core.Heads(self.sizes[0], self.sizes[1], self.head_dim, self.scaling)
 
     def projections(self) -> tuple[nn.Linear, ...]:
         """Those whose products are one."""
         return self.q_proj, self.k_proj, self.v_proj
 
-    def beside(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What :class:`Joint` holds beside the weight."""
-        bias, gain, epsilon = None, None, None
-        if self.q_proj.bias is not None:
-            bias = torch.cat([projection.bias for projection in self.projections()])
-        if self.normalizes:
-            gains = zip((self.q_norm, self.k_norm), self.sizes, strict=False)
-            gain = torch.cat([norm.weight.expand(heads, -1) for norm, heads in gains])
-            epsilon = self.q_norm.constant
-        return bias, gain, epsilon
+    def bias(self) -> Tensor | None:
+        """[heads x D], where there is one."""
+        if self.q_proj.bias is None:
+            return None
+        return torch.cat([projection.bias for projection in self.projections()])
+
+    def normalization(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gain [heads of queries and keys, D] of heads that are normalised, and what is added to mean squares."""
+        if not self.normalizes:
+            return None, None
+        gains = zip((self.q_norm, self.k_norm), self.sizes, strict=False)
+        return torch.cat([norm.weight.expand(heads, -1) for norm, heads in gains]), self.q_norm.constant
 
     def attend(
         self,
@@ -135,7 +143,7 @@ class JointAttention(nn.Module):
         fits = self.suits_kernels and rotation[0].shape[-1] == self.head_dim
         if packing is not None and fits and on_one_core(hidden):
             arguments = (hidden[0], *joint, *(part[0, :, 0] for part in rotation))
-            attended = one_core.Attention.apply(*arguments, self.sizes, self.scaling, packing)
+            attended = one_core.Attention.apply(*arguments, self.heads(), packing)
             return self.o_proj(attended.unsqueeze(0))
         states = _turned(hidden, joint, rotation, self.sizes)
         if packing is not None:
@@ -192,15 +200,19 @@ class GatedFeedForward(nn.Module):
         """Those whose products are one."""
         return self.gate_proj, self.up_proj
 
+    def suits_kernels(self, states: Tensor) -> bool:
+        """Whether those for one core of a CPU take the layer and such states."""
+        width, size = self.down_proj.weight.shape
+        fits = self.gate_proj.weight.shape == self.up_proj.weight.shape == (size, width) == (size, states.shape[-1])
+        return fits and takes_products(states, width, size, 2 * size)
+
     def forward(self, states: Tensor) -> Tensor:
         """[..., H] from [..., H]."""
         return self.feed(states, self.joint())
 
     def feed(self, states: Tensor, joint: Tensor) -> Tensor:
         """[..., H] from [..., H], by what :meth:`joint` gave."""
-        width, size = self.down_proj.weight.shape
-        fits = states.shape[-1] == width and joint.shape == (2 * size, width)
-        if fits and takes_products(states, width, size, 2 * size):
+        if self.suits_kernels(states):
             return one_core.FeedForward.apply(states, joint, self.down_proj.weight)
         both = linear_layer(states, joint)
         rows = both.flatten(0, -2)
@@ -346,15 +358,16 @@ def join_projections(model: PreTrainedModel) -> None:
     """
     if not is_padding_free(model):
         return
-    _replace(model, {name: JointAttention for name, _ in model.named_modules() if name.endswith(".self_attn")})
-    _replace(model, {name: GatedFeedForward for name, layer in model.named_modules() if _is_gated(name, layer)})
+    replace_layers(model, {name: JointAttention for name, _ in model.named_modules() if name.endswith(".self_attn")})
+    replace_layers(model, {name: GatedFeedForward for name, layer in model.named_modules() if _is_gated(name, layer)})
 
 
 def _is_gated(name: str, layer: nn.Module) -> bool:
     return name.endswith(".mlp") and {child for child, _ in layer.named_children()} >= {"gate_proj", "up_proj"}
 
 
-def _replace(model: PreTrainedModel, kinds: dict[str, type[nn.Module]]) -> None:
+@torch.no_grad()
+def replace_layers(model: PreTrainedModel, kinds: dict[str, type[nn.Module]]) -> None:
     """Put modules in the place of those that have these names, if the model then gives what it gave."""
     before = packed_states(model)
     layers = {name: model.get_submodule(name) for name in kinds}

@@ -36,7 +36,8 @@ class SingleTokenDecoder(SamplingWeights):
         layers: Any = decoder(self.model).layers
         if self.copies and self._joint:  # CUDA graphs read them where they are
             for layer, held in zip(layers, self._joint, strict=True):
-                for kept, now in zip(held.attention[1:], layer.self_attn.beside(), strict=True):
+                beside = layer.self_attn.bias(), *layer.self_attn.normalization()
+                for kept, now in zip(held.attention[1:], beside, strict=True):
                     if kept is not None:
                         kept.copy_(now)
         else:
