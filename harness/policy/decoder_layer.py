@@ -54,7 +54,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         """As the layer that it stands in for: [B, L, H] from [B, L, H]."""
         rotates = position_embeddings[0].shape[-1] == self.self_attn.head_dim
         if packing is not None and rotates and on_one_core(hidden_states):
-            return self._in_halves(hidden_states[0], position_embeddings, packing).unsqueeze(0)
+            tokens = self._in_halves(hidden_states.flatten(0, 1), position_embeddings, packing)
+            return tokens.view(hidden_states.shape)
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, packing=packing, **settings
         )
@@ -75,7 +76,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         if isinstance(mlp, GatedFeedForward) and mlp.suits_kernels(tokens):
             weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
             return one_core.Feeding.apply(tokens, norm.weight, norm.epsilon, *weights)
-        return tokens + mlp(norm(tokens).unsqueeze(0))[0]
+        return tokens + mlp(norm(tokens).unsqueeze(0)).flatten(0, 1)
 
 
 def join_halves(model: PreTrainedModel) -> None:

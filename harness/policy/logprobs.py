@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from harness.policy import one_core
 from harness.policy.fusion import fused
+from harness.policy.kernels import takes_vocabulary
 from harness.policy.loading import autocast, decoder
 from harness.policy.packing import Packing
 from harness.policy.products import product
@@ -62,6 +64,8 @@ def token_logprobs(
     Where there are more than :data:`HELD_ELEMENTS` logits, blocks of them are computed one at a time, and again in the
     backward pass, instead of being held.
     """
+    if takes_vocabulary(states, head.weight) and states.shape[-1] == head.weight.shape[1]:
+        return one_core.Scores.apply(states, head.weight, head.bias, tokens, 1 / temperature, entropy_gradient)
     if recomputes(head, len(states)):
         return _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
     return _held(states, head, tokens, temperature, entropy_gradient)

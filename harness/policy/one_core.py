@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from harness.policy.kernels import arrays
+from harness.policy.kernels import LANES, NO_TOKEN, arrays
 from harness.policy.products import product, sum_of_outer_products
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
-        out, both, gated = _feed_forward(rows, gate_up, down)
-        ctx.save_for_backward(rows, gate_up, down, both, gated)
+        out, *between = _feed_forward(rows, gate_up, down)
+        ctx.save_for_backward(rows, gate_up, down, *between)
         return out.view(states.shape)
 
     @staticmethod
@@ -140,8 +141,8 @@ class Feeding(torch.autograd.Function):
     ) -> Tensor:
         normalized, scale = _normalize(tokens, norm, epsilon)
         gate_up = torch.cat([gate, up])
-        out, both, gated = _feed_forward(normalized, gate_up, down)
-        ctx.save_for_backward(tokens, norm, scale, normalized, gate_up, down, both, gated)
+        out, *between = _feed_forward(normalized, gate_up, down)
+        ctx.save_for_backward(tokens, norm, scale, normalized, gate_up, down, *between)
         return out.add_(tokens)
 
     @staticmethod
@@ -152,6 +153,47 @@ class Feeding(torch.autograd.Function):
         of_normalized, of_gate_up, of_down = _feed_forward_backward(gradient, *saved)
         of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale)
         return of_tokens.add_(gradient), of_norm, None, *of_gate_up.chunk(2), of_down
+
+
+class Scores(torch.autograd.Function):
+    """Log-probabilities [M] of tokens [M] and entropies [M], from hidden states [M, H] and a linear head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        scale: float,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from harness.policy.kernels.cpu import vocabulary
+
+        count, more = len(weight), -len(weight) % LANES
+        added = torch.zeros(count) if bias is None else bias
+        added, weight = functional.pad(added, (0, more), value=NO_TOKEN), functional.pad(weight, (0, 0, 0, more))
+        every, chosen, entropies = torch.empty(len(states), count + more), *torch.empty(2, len(states))
+        vocabulary.score(*arrays(states, weight, added, tokens), scale, *arrays(every, chosen, entropies))
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(every, entropies, tokens, states, weight)
+        ctx.others = scale, count, entropy_gradient
+        return chosen, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_chosen: Tensor, by_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        from harness.policy.kernels.cpu import vocabulary
+
+        saved = ctx.saved_tensors
+        *_, states, weight = saved
+        scale, count, entropy_gradient = ctx.others
+        by_entropy = by_entropy if entropy_gradient else torch.zeros(len(states))
+        of_states, of_weight, of_bias = torch.empty(states.shape), torch.zeros(weight.shape), torch.zeros(len(weight))
+        gradients = of_states, of_weight, of_bias
+        vocabulary.score_backward(*arrays(by_chosen, by_entropy, *saved), scale, *arrays(*gradients))
+        return of_states, of_weight[:count], of_bias[:count] if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class Heads(NamedTuple):

@@ -13,6 +13,9 @@ LANES = 16
 # Of larger matrices libraries multiply such blocks as fit the cache.
 WIDEST = 512
 
+# The logit of what only fills up a vocabulary; infinity times its probability of 0 would be no number.
+NO_TOKEN = -1e30
+
 _LEFT_OUT = ContextVar("left_out", default=False)
 
 
@@ -40,6 +43,11 @@ def on_one_core(states: Tensor) -> bool:
 def takes_products(states: Tensor, *sizes: int) -> bool:
     """Whether they multiply states by matrices of these sizes."""
     return on_one_core(states) and max(sizes) <= WIDEST and not any(size % LANES for size in sizes)
+
+
+def takes_vocabulary(states: Tensor, head: Tensor) -> bool:
+    """Whether they score tokens by states and the weight [V, H] of a head."""
+    return takes_products(states, head.shape[1], -(-len(head) // LANES) * LANES)
 
 
 def takes_heads(dim: int) -> bool:

@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract", "rea
 # Types of arrays of one to four dimensions.
 FLOATS, FLOATS_2 = "float32[::1]", "float32[:, ::1]"
 FLOATS_3, FLOATS_4 = "float32[:, :, ::1]", "float32[:, :, :, ::1]"
+DOUBLES = "float64[::1]"
 INTEGERS, INTEGERS_2 = "int64[::1]", "int64[:, ::1]"
 
 
