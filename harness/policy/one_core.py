@@ -25,8 +25,8 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
-        out, *between = _feed_forward(rows, gate_up, down)
-        ctx.save_for_backward(rows, gate_up, down, *between)
+        out, both = _feed_forward(rows, gate_up, down, rows[:0])
+        ctx.save_for_backward(rows, gate_up, down, both)
         return out.view(states.shape)
 
     @staticmethod
@@ -49,7 +49,7 @@ class Normalization(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_normalize_backward(gradient, *ctx.saved_tensors), None
+        return *_normalize_backward(gradient, *ctx.saved_tensors, gradient[:0]), None
 
 
 class Attention(torch.autograd.Function):
@@ -109,7 +109,7 @@ class Attending(torch.autograd.Function):
         attended, *between = _attend(normalized, weight, bias, gain, epsilons[1], cos, sin, heads, packing)
         ctx.save_for_backward(tokens, norm, scale, output, attended, normalized, weight, bias, gain, cos, sin, *between)
         ctx.others = epsilons[1], heads, packing
-        return product(attended, output, output_bias).add_(tokens)
+        return product(attended, output, output_bias, onto=tokens)
 
     @staticmethod
     @once_differentiable
@@ -120,13 +120,13 @@ class Attending(torch.autograd.Function):
         of_normalized, of_weight, of_bias, of_gain = _attend_backward(
             product(gradient, output.t()), *saved, *ctx.others
         )
-        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale)
+        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale, gradient)
         of_query, of_key, of_value = of_weight.split([count * heads.dim for count in heads[:2] + heads[1:2]])
         of_query_norm, of_key_norm = (
             (None, None) if of_gain is None else (of_gain[: heads.queries].sum(0), of_gain[heads.queries :].sum(0))
         )
         return (
-            of_tokens.add_(gradient), of_norm, of_query, of_key, of_value, of_bias, of_query_norm, of_key_norm,
+            of_tokens, of_norm, of_query, of_key, of_value, of_bias, of_query_norm, of_key_norm,
             sum_of_outer_products(gradient, attended), gradient.sum(0) if ctx.needs_input_grad[9] else None,
             *[None] * 5,
         )  # fmt: skip
@@ -141,9 +141,9 @@ class Feeding(torch.autograd.Function):
     ) -> Tensor:
         normalized, scale = _normalize(tokens, norm, epsilon)
         gate_up = torch.cat([gate, up])
-        out, *between = _feed_forward(normalized, gate_up, down)
-        ctx.save_for_backward(tokens, norm, scale, normalized, gate_up, down, *between)
-        return out.add_(tokens)
+        out, both = _feed_forward(normalized, gate_up, down, tokens)
+        ctx.save_for_backward(tokens, norm, scale, normalized, gate_up, down, both)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -151,8 +151,8 @@ class Feeding(torch.autograd.Function):
         tokens, norm, scale, *saved = ctx.saved_tensors
         gradient = gradient.contiguous()
         of_normalized, of_gate_up, of_down = _feed_forward_backward(gradient, *saved)
-        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale)
-        return of_tokens.add_(gradient), of_norm, None, *of_gate_up.chunk(2), of_down
+        of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale, gradient)
+        return of_tokens, of_norm, None, *of_gate_up.chunk(2), of_down
 
 
 class Scores(torch.autograd.Function):
@@ -214,33 +214,33 @@ def _normalize(states: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Te
     return normalized, scale
 
 
-def _normalize_backward(gradient: Tensor, states: Tensor, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _normalize_backward(
+    gradient: Tensor, states: Tensor, gain: Tensor, scale: Tensor, onto: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the states, added to [N, D] or [0, D], and of the gain."""
     from harness.policy.kernels.cpu import elements
 
     of_states, of_gain = torch.empty(states.shape), torch.zeros(gain.shape)
-    elements.normalize_backward(*arrays(gradient, states, gain, scale, of_states, of_gain))
+    elements.normalize_backward(*arrays(gradient, states, gain, scale, onto, of_states, of_gain))
     return of_states, of_gain
 
 
-def _feed_forward(states: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, H] from [N, H]; and what comes into the gate [N, 2 x I] and out of it [N, I]."""
+def _feed_forward(states: Tensor, gate_up: Tensor, down: Tensor, onto: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, H] from [N, H], added to [N, H] or [0, H]; and what comes into the gate [N, 2 x I]."""
     from harness.policy.kernels.cpu import products
 
-    both, gated = torch.empty(len(states), len(gate_up)), torch.empty(len(states), down.shape[1])
-    out = torch.empty(states.shape)
-    products.feed_forward(*arrays(states, gate_up, down, both, gated, out))
-    return out, both, gated
+    both, out = torch.empty(len(states), len(gate_up)), torch.empty(states.shape)
+    products.feed_forward(*arrays(states, gate_up, down, both, onto, out))
+    return out, both
 
 
 def _feed_forward_backward(
-    gradient: Tensor, states: Tensor, gate_up: Tensor, down: Tensor, both: Tensor, gated: Tensor
+    gradient: Tensor, states: Tensor, gate_up: Tensor, down: Tensor, both: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     from harness.policy.kernels.cpu import products
 
     of_states, of_gate_up, of_down = torch.empty(states.shape), torch.zeros(gate_up.shape), torch.zeros(down.shape)
-    products.feed_forward_backward(
-        *arrays(gradient, states, gate_up, down, both, gated, of_states, of_gate_up, of_down)
-    )
+    products.feed_forward_backward(*arrays(gradient, states, gate_up, down, both, of_states, of_gate_up, of_down))
     return of_states, of_gate_up, of_down
 
 
@@ -261,9 +261,10 @@ def _attend(
     states = product(hidden, weight, bias).unflatten(-1, (-1, heads.dim))
     turned, constants = torch.empty(states.shape), head_constants(gain, epsilon, heads.dim)
     elements.turn(*arrays(states), *constants, *arrays(cos, sin), heads.queries + heads.keys, *arrays(turned))
-    attended, sums = torch.zeros(len(hidden), heads.queries, heads.dim), torch.empty(2, len(hidden), heads.queries)
+    attended, sums = torch.empty(len(hidden), heads.queries, heads.dim), torch.empty(2, len(hidden), heads.queries)
+    attended[packing.count :] = 0  # what fills up attends to nothing
     attention.attend(
-        *arrays(turned, *packing.places()), heads.queries, heads.keys, heads.scaling, *arrays(attended, *sums)
+        *arrays(turned), *packing.places, heads.queries, heads.keys, heads.scaling, *arrays(attended, *sums)
     )
     return attended.flatten(1), states, turned, sums
 
@@ -288,7 +289,7 @@ def _attend_backward(
 
     of_turned = torch.zeros(turned.shape)
     attention.attend_backward(
-        *arrays(gradient.unflatten(-1, (-1, heads.dim)), turned, *packing.places()), heads.queries, heads.keys,
+        *arrays(gradient.unflatten(-1, (-1, heads.dim)), turned), *packing.places, heads.queries, heads.keys,
         heads.scaling, *arrays(*sums, of_turned),
     )  # fmt: skip
     of_states, constants = torch.empty(states.shape), head_constants(gain, epsilon, heads.dim)
@@ -332,10 +333,9 @@ class Experts(torch.autograd.Function):
         ends, order = torch.empty(experts, dtype=torch.long), torch.empty(slots, dtype=torch.long)
         kernels.sort(*arrays(chosen, ends, order))
         # The kernel writes four rows at a time.
-        projected, inner = torch.empty(slots + 3, 2 * size), torch.empty(slots + 3, size)
-        combined = torch.zeros(hidden.shape)
-        kernels.combine(*arrays(hidden, weights, ends, order), *transposed, *arrays(projected, inner, combined))
-        ctx.save_for_backward(hidden, weights, ends, order, gate_up, down, projected, inner)
+        projected, combined = torch.empty(slots + 3, 2 * size), torch.zeros(hidden.shape)
+        kernels.combine(*arrays(hidden, weights, ends, order), *transposed, *arrays(projected, combined))
+        ctx.save_for_backward(hidden, weights, ends, order, gate_up, down, projected)
         return combined
 
     @staticmethod
@@ -344,7 +344,7 @@ class Experts(torch.autograd.Function):
         from harness.policy.kernels.cpu import experts as kernels
 
         saved = ctx.saved_tensors
-        hidden, weights, *_, gate_up, down, _, _ = saved
+        hidden, weights, *_, gate_up, down, _ = saved
         of_hidden, of_weights = torch.zeros(hidden.shape), torch.empty(weights.shape)
         of_gate_up, of_down = torch.empty(gate_up.shape), torch.empty(down.shape)
         gradients = of_hidden, of_weights, of_gate_up, of_down

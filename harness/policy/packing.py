@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harness.policy.attention import PADDING_FREE, is_padding_free
 from harness.policy.fusion import compiles
-from harness.policy.kernels import on_one_core
+from harness.policy.kernels import arrays, on_one_core
 from harness.policy.products import MULTIPLE
 from harness.rollout.batch import Batch, join, send
 
@@ -32,6 +33,7 @@ class Packing:
 
     Attributes:
         inputs: what the network is called with.
+        count: of the tokens, without those that fill up.
         completion: [M] the places, among the N tokens, from which the completion tokens are predicted.
     """
 
@@ -44,10 +46,10 @@ class Packing:
         self._shape, self._completions_shape = batch.input_ids.shape, batch.mask.shape
         device, padding_free = network.device, is_padding_free(network)
         columns = torch.arange(self._shape[1]).expand(self._shape)
-        layout = _packed(batch, columns, _multiple(network)) if padding_free else _all(columns)
+        layout = _packed(batch, _multiple(network)) if padding_free else _all(columns)
         self.completion = send(layout.tokens[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
-        self._layout, self._device = layout, device
+        self._layout, self._device, self.count = layout, device, layout.count
         self._tokens, self._positions = send(layout.tokens, device), send(layout.positions, device)
         self.inputs: dict[str, Any]
         if not padding_free:
@@ -74,10 +76,11 @@ class Packing:
         zeros = values.new_zeros(self._completions_shape.numel())
         return zeros.index_copy(0, self._sampled, values).unflatten(0, self._completions_shape)
 
-    def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[R, L] the token at each place of the rows for attention, [R] where those begin that no earlier row has, and
-        [R] one past the last."""
-        return self._layout.rows.view(-1, self._shape[1]), self._layout.begins, self._layout.ends
+    @cached_property
+    def places(self) -> list[np.ndarray]:
+        """As kernels take them: [R, L] the token at each place of the rows for attention, [R] where those begin that no
+        earlier row has, and [R] one past the last."""
+        return arrays(self._layout.rows.view(-1, self._shape[1]), self._layout.begins, self._layout.ends)
 
     @cached_property
     def _scattering(self) -> "_Scattering":
@@ -115,6 +118,7 @@ class _Layout:
     rows: Tensor  # [R x L] of each position in those rows the token, the first filling one where there is none
     begins: Tensor  # [R] the first place of each of those rows whose token is there for it, as all after it are
     ends: Tensor  # [R] one past the last place of each
+    count: int  # of the tokens, without those that fill up
 
 
 @dataclass
@@ -164,7 +168,7 @@ def _multiple(network: PreTrainedModel) -> int:
     return 1 if any_count and on_one_core(next(network.parameters())) else MULTIPLE
 
 
-def _packed(batch: Batch, columns: Tensor, multiple: int) -> _Layout:
+def _packed(batch: Batch, multiple: int) -> _Layout:
     """Tokens alone, each once for the rows that begin alike up to it.
 
     At least one more fills up their number. What is computed from it reaches no completion, so that its gradients are
@@ -172,21 +176,21 @@ def _packed(batch: Batch, columns: Tensor, multiple: int) -> _Layout:
 
     Args:
         batch: in host memory.
-        columns: [B, L] of each position.
         multiple: of what their number is to be.
     """
     first = batch.first
     own = first == torch.arange(len(first)).unsqueeze(1)
-    count, attending = int(own.sum()), own.any(1)
-    owner = torch.full(own.shape, count)
-    owner[own] = torch.arange(count)
-    tokens = torch.where(first < 0, count, owner[first, columns])
+    positions, attending = own.flatten().nonzero().squeeze(1), own.any(1)
+    count = len(positions)
+    numbers = own.flatten().cumsum(0).view(own.shape) - 1
+    tokens = torch.where(first < 0, count, numbers.gather(0, first.clamp(min=0)))
     return _Layout(
         tokens=tokens,
-        positions=functional.pad(own.flatten().nonzero().squeeze(1), (0, multiple - count % multiple)),
+        positions=functional.pad(positions, (0, multiple - count % multiple)),
         rows=tokens[attending].flatten(),
         begins=own[attending].int().argmax(1),
         ends=(first[attending] >= 0).sum(1),
+        count=count,
     )
 
 
@@ -194,7 +198,7 @@ def _all(columns: Tensor) -> _Layout:
     """All positions, as they are; attention keeps its rows."""
     every, rows = torch.arange(columns.numel()), len(columns)
     ends = torch.full((rows,), columns.shape[1])
-    return _Layout(every.view(columns.shape), every, every, torch.zeros_like(ends), ends)
+    return _Layout(every.view(columns.shape), every, every, torch.zeros_like(ends), ends, len(every))
 
 
 class _InOne(torch.autograd.Function):

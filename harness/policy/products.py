@@ -32,8 +32,9 @@ def favours_onednn() -> bool:
     return wide and torch.backends.mkldnn.is_available() and "AMD" in device_name("cpu")
 
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by whatever is fastest. No gradients."""
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """[..., N] from [..., K], [N, K] and [N]: as torch's ``linear``, by whatever is fastest; added to [..., N], if that
+    is given. No gradients."""
     # What does not fit is torch's to refuse.
     fits = left.shape[-1] == right.shape[1] and (bias is None or len(bias) == len(right))
     if fits and takes_products(left, *right.shape):
@@ -41,8 +42,11 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
         rows = left.reshape(-1, left.shape[-1])
         out = torch.empty(len(rows), len(right))
-        products.linear(*arrays(rows, right, torch.empty(0) if bias is None else bias, out))
+        there = rows[:0] if onto is None else onto.reshape(out.shape)
+        products.linear(*arrays(rows, right, torch.empty(0) if bias is None else bias, there, out))
         return out.view(*left.shape[:-1], len(right))
+    if onto is not None:
+        return product(left, right, bias).add_(onto)
     if favours_onednn() and _pays(left, len(right)):
         return onednn_product(left, right, bias)
     return functional.linear(left, right, bias)

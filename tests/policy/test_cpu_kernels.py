@@ -85,17 +85,19 @@ def test_products_with_panels(rows, bias):
     assert_close(out[:, 30:], added[30:].expand(rows, 2) if bias else torch.zeros(rows, 2))
 
 
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dim", [16, 24, 64])
-def test_normalization(dim):
+def test_normalization(dim, added):
     states, gain, gradient = torch.randn(7, dim), torch.rand(dim), torch.randn(7, dim)
     normalized, scale, of_states, of_gain = torch.empty(7, dim), torch.empty(7), torch.empty(7, dim), torch.ones(dim)
     elements.normalize(*arrays(states, gain), 0.1, *arrays(normalized, scale))
-    elements.normalize_backward(*arrays(gradient, states, gain, scale, of_states, of_gain))
+    onto = torch.randn(7 if added else 0, dim)
+    elements.normalize_backward(*arrays(gradient, states, gain, scale, onto, of_states, of_gain))
     exact = [states.double().requires_grad_(), gain.double().requires_grad_()]
     result = functional.rms_norm(exact[0], (dim,), exact[1], 0.1)
     result.backward(gradient.double())
     assert_close(normalized, result)
-    assert_close(of_states, exact[0].grad)
+    assert_close(of_states, exact[0].grad + (onto if added else 0))
     assert_close(of_gain - 1, exact[1].grad)  # added to what is there
 
 
@@ -130,19 +132,21 @@ def test_turned_heads(dim, normalizes):
         assert_close(of_gain - 1, exact[1].grad)
 
 
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("rows", [1, 6, 130])  # of one block, and of three
-def test_feed_forward(rows):
+def test_feed_forward(rows, added):
     states, gate_up, down = torch.randn(rows, 16) * 3, torch.randn(96, 16), torch.randn(16, 48)
     gradient = torch.randn(rows, 16)
-    both, gated, out = torch.empty(rows, 96), torch.empty(rows, 48), torch.full((rows, 16), torch.nan)
-    products.feed_forward(*arrays(states, gate_up, down, both, gated, out))
+    both, out = torch.empty(rows, 96), torch.full((rows, 16), torch.nan)
+    onto = torch.randn(rows if added else 0, 16)
+    products.feed_forward(*arrays(states, gate_up, down, both, onto, out))
     found = [torch.full_like(states, torch.nan), torch.ones_like(gate_up), torch.ones_like(down)]
-    products.feed_forward_backward(*arrays(gradient, states, gate_up, down, both, gated, *found))
+    products.feed_forward_backward(*arrays(gradient, states, gate_up, down, both, *found))
     exact = [each.double().requires_grad_() for each in (states, gate_up, down)]
     gate, up = (exact[0] @ exact[1].t()).chunk(2, -1)
     result = (functional.silu(gate) * up) @ exact[2].t()
     result.backward(gradient.double())
-    assert_close(out, result)
+    assert_close(out, result + (onto if added else 0))
     assert_close(found[0], exact[0].grad)
     for ours, leaf in zip(found[1:], exact[1:], strict=True):
         assert_close(ours - 1, leaf.grad, 1e-5)  # added to what is there
@@ -203,11 +207,11 @@ def test_experts(tokens):
     experts.sort(*arrays(chosen, ends, order))
     assert order.tolist() == chosen.flatten().argsort(stable=True).tolist()
     assert ends.tolist() == chosen.flatten().bincount(minlength=count).cumsum(0).tolist()
-    projected, inner = torch.full((tokens * k + 3, 2 * size), torch.nan), torch.full((tokens * k + 3, size), torch.nan)
+    projected = torch.full((tokens * k + 3, 2 * size), torch.nan)
     combined = torch.zeros(tokens, width)
-    experts.combine(*arrays(hidden, weights, ends, order, gate_up.mT, down.mT, projected, inner, combined))
+    experts.combine(*arrays(hidden, weights, ends, order, gate_up.mT, down.mT, projected, combined))
     found = [torch.zeros_like(hidden), *(torch.full_like(each, torch.nan) for each in (weights, gate_up, down))]
-    experts.combine_backward(*arrays(gradient, hidden, weights, ends, order, gate_up, down, projected, inner, *found))
+    experts.combine_backward(*arrays(gradient, hidden, weights, ends, order, gate_up, down, projected, *found))
     exact = [each.double().requires_grad_() for each in (hidden, weights, gate_up, down)]
     gate, up = torch.einsum("nh,nkih->nki", exact[0], exact[2][chosen]).chunk(2, -1)
     result = torch.einsum("nki,nkhi,nk->nh", functional.silu(gate) * up, exact[3][chosen], exact[1])

@@ -189,3 +189,14 @@ def test_shapes_that_do_not_fit_are_refused_and_no_rows_are_none(one_core):
     with pytest.raises(RuntimeError):
         product(torch.zeros(2, 64), torch.zeros(16, 64), torch.zeros(3))
     assert product(torch.zeros(2, 0, 64), torch.zeros(16, 64)).shape == (2, 0, 16)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("columns", [32, 24])  # by kernels of our own, and by a library
+def test_a_product_that_is_added_to_something(one_core, columns, bias):
+    torch.manual_seed(0)
+    left, right, onto = torch.randn(2, 7, 48), torch.randn(columns, 48), torch.randn(2, 7, columns)
+    added = torch.randn(columns) if bias else None
+    before = onto.clone()
+    torch.testing.assert_close(product(left, right, added, onto), functional.linear(left, right, added) + onto)
+    assert torch.equal(onto, before)

@@ -120,9 +120,9 @@ def attend(
     rows, dim = len(states), keys.shape[2]
     projected = np.empty((rows, len(projection) * WIDTH), np.float32)
     attended, update = np.empty((rows, heads * dim), np.float32), np.empty((rows, states.shape[1]), np.float32)
-    multiply(normalized, 0, rows, projection, bias, projected, 0)
+    multiply(normalized, 0, rows, projection, bias, normalized[:0], projected, 0)
     _attend(projected, gain, epsilon, cos, sin, keys, values, begins, column, heads, scaling, attended)
-    multiply(attended, 0, rows, output, output_bias, update, 0)
+    multiply(attended, 0, rows, output, output_bias, normalized[:0], update, 0)
     add_to(states, update, next_gain, next_epsilon, normalized)
 
 
@@ -132,9 +132,9 @@ def feed(states, normalized, gate_up, down, next_gain, next_epsilon):
     rows, size = len(states), len(gate_up) * WIDTH // 2
     both, gated = np.empty((rows, 2 * size), np.float32), np.empty((rows, size), np.float32)
     update, none = np.empty((rows, states.shape[1]), np.float32), next_gain[:0]
-    multiply(normalized, 0, rows, gate_up, none, both, 0)
+    multiply(normalized, 0, rows, gate_up, none, normalized[:0], both, 0)
     gate(both, gated, 0, rows, 0)
-    multiply(gated, 0, rows, down, none, update, 0)
+    multiply(gated, 0, rows, down, none, normalized[:0], update, 0)
     add_to(states, update, next_gain, next_epsilon, normalized)
 
 
@@ -147,4 +147,4 @@ def add(states, normalized, update, next_gain, next_epsilon):
 @kernel(FLOATS_2, FLOATS_3, FLOATS, FLOATS_2)
 def project(left, right, bias, out):
     """[n, N] from [n, K], the panels of a matrix [N, K], and [N] or [0]."""
-    multiply(left, 0, len(left), right, bias, out, 0)
+    multiply(left, 0, len(left), right, bias, left[:0], out, 0)

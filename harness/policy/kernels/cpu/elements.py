@@ -39,9 +39,9 @@ def normalize(states, gain, epsilon, normalized, scale):
             normalized[row, place] = states[row, place] * inverse * gain[place]
 
 
-@kernel(FLOATS_2, FLOATS_2, FLOATS, FLOATS, FLOATS_2, FLOATS)
-def normalize_backward(gradient, states, gain, scale, of_states, of_gain):
-    """Gradients of the states [N, D], and of the gain [D] added to what is there."""
+@kernel(FLOATS_2, FLOATS_2, FLOATS, FLOATS, FLOATS_2, FLOATS_2, FLOATS)
+def normalize_backward(gradient, states, gain, scale, onto, of_states, of_gain):
+    """Gradients of the states [N, D], added to [N, D] or [0, D], and of the gain [D], added to what is there."""
     rows, dim = states.shape
     for row in range(rows):
         inverse, along = scale[row], _ZERO
@@ -53,6 +53,9 @@ def normalize_backward(gradient, states, gain, scale, of_states, of_gain):
         for place in range(dim):
             # Along the vector itself nothing passes, since its length is divided out.
             of_states[row, place] = (gradient[row, place] * gain[place] - states[row, place] * along) * inverse
+        if len(onto):
+            for place in range(dim):
+                of_states[row, place] += onto[row, place]
 
 
 @inlined

@@ -69,8 +69,8 @@ def _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, colum
         store(out, place, fma(load(numbers, index * WIDTH), spread(shares, order[slot + index]), load(out, place)))
 
 
-@kernel(FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2, FLOATS_2)
-def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combined):
+@kernel(FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2)
+def combine(hidden, weights, ends, order, gate_up, down, projected, combined):
     """What experts make of tokens.
 
     Args:
@@ -81,11 +81,10 @@ def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combi
         gate_up: [E, H, 2 x I], transposed.
         down: [E, I, H], transposed.
         projected: [N x k + 3, 2 x I] what goes into each slot's gate, for the gradient.
-        inner: [N x k + 3, I] what comes out, likewise.
         combined: [N, H], added to what is there.
     """
-    choices, size, width = weights.shape[1], inner.shape[1], hidden.shape[1]
-    gathered = np.zeros((_most(ends), width), np.float32)
+    choices, size, width = weights.shape[1], down.shape[1], hidden.shape[1]
+    gathered, inner = np.zeros((_most(ends), width), np.float32), np.zeros((4, size), np.float32)
     states, first_weights, second_weights = gathered.reshape(-1), gate_up.reshape(-1), down.reshape(-1)
     both, gated, out, shares = projected.reshape(-1), inner.reshape(-1), combined.reshape(-1), weights.reshape(-1)
     numbers, begin = np.empty(4 * WIDTH, np.float32), 0
@@ -101,27 +100,24 @@ def combine(hidden, weights, ends, order, gate_up, down, projected, inner, combi
                     first_weights, 2 * start + column, 2 * size, width,
                 )  # fmt: skip
                 put_four(both, slot * 2 * size + column, 2 * size, *sums)
-            gate(projected, inner, slot, min(end - slot, 4), slot)
-            a = slot * size
+            gate(projected, inner, slot, min(end - slot, 4), 0)
             for column in range(0, width, WIDTH):
-                sums = four_rows(
-                    gated, a, a + size, a + 2 * size, a + 3 * size, 1, second_weights, start + column, width, size
-                )
+                sums = four_rows(gated, 0, size, 2 * size, 3 * size, 1, second_weights, start + column, width, size)
                 put_four(numbers, 0, WIDTH, *sums)
                 _add_to_tokens(numbers, order, choices, slot, end, shares, out, width, column)
         begin = end
 
 
 @kernel(
-    FLOATS_2, FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2, FLOATS_2,
+    FLOATS_2, FLOATS_2, FLOATS_2, INTEGERS, INTEGERS, FLOATS_3, FLOATS_3, FLOATS_2,
     FLOATS_2, FLOATS_2, FLOATS_3, FLOATS_3,
 )  # fmt: skip
 def combine_backward(
-    gradient, hidden, weights, ends, order, gate_up, down, projected, inner, of_hidden, of_weights, of_gate_up, of_down
+    gradient, hidden, weights, ends, order, gate_up, down, projected, of_hidden, of_weights, of_gate_up, of_down
 ):
     """Gradients: of the hidden states [N, H] added to what is there; of the weights [N, k]; of the experts, as they
     are: ``gate_up`` [E, 2 x I, H] and ``down`` [E, H, I]."""
-    choices, size, width = weights.shape[1], inner.shape[1], hidden.shape[1]
+    choices, size, width = weights.shape[1], down.shape[2], hidden.shape[1]
     most = _most(ends)
     gathered, passed = np.zeros((most, width), np.float32), np.zeros((most, width), np.float32)
     scaled, of_both = np.zeros(most * size, np.float32), np.zeros(most * 2 * size, np.float32)
@@ -130,8 +126,7 @@ def combine_backward(
     states, slopes, out, shares = gathered.reshape(-1), passed.reshape(-1), of_hidden.reshape(-1), weights.reshape(-1)
     first_weights, second_weights = gate_up.reshape(-1), down.reshape(-1)
     of_first, of_second, of_shares = of_gate_up.reshape(-1), of_down.reshape(-1), of_weights.reshape(-1)
-    both, gated = projected.reshape(-1), inner.reshape(-1)
-    begin = 0
+    both, begin = projected.reshape(-1), 0
     for expert in range(len(ends)):
         end, start = ends[expert], expert * size * width
         _gather(hidden, order, choices, begin, end, gathered)
@@ -148,10 +143,9 @@ def combine_backward(
                 share, along = spread(shares, order[row]), repeat(_ZERO)
                 for column in range(0, size, WIDTH):
                     slope, place = load(of_inner, (row - slot) * size + column), row * 2 * size + column
-                    let = load(gated, row * size + column)
-                    along = fma(slope, let, along)
-                    store(scaled, (row - begin) * size + column, let * share)
                     given = through_gate(slope * share, load(both, place), load(both, place + size))
+                    along = fma(slope, given[2], along)
+                    store(scaled, (row - begin) * size + column, given[2] * share)
                     place = (row - begin) * 2 * size + column
                     store(of_both, place, given[0])
                     store(of_both, place + size, given[1])

@@ -79,7 +79,7 @@ def add_outer_products(left, a, b, c, d, right, e, f, g, h, columns, out, stride
 
 
 @inlined
-def multiply(left, first, rows, panels, bias, out, target):
+def multiply(left, first, rows, panels, bias, onto, out, target):
     """So many rows, from the first one on, of a product of [n, K] and a matrix [N, K], into rows of [., N].
 
     Args:
@@ -88,15 +88,17 @@ def multiply(left, first, rows, panels, bias, out, target):
         rows: how many.
         panels: [N / 16, K, 16], in which the matrix' rows are columns.
         bias: [N], or [0].
+        onto: [., N] what they are added to, in the rows where they are put; or [0, .].
         out: where to put them.
         target: the first row there.
     """
     count, stride = left.shape[1], out.shape[1]
-    given, weights, result = left.reshape(-1), panels.reshape(-1), out.reshape(-1)
+    given, weights, result, there = left.reshape(-1), panels.reshape(-1), out.reshape(-1), onto.reshape(-1)
     for panel in range(len(panels)):
-        start, column, added = panel * count * WIDTH, panel * WIDTH, repeat(_ZERO)
+        start, column = panel * count * WIDTH, panel * WIDTH
+        one = two = three = four = repeat(_ZERO)
         if len(bias):
-            added = load(bias, column)
+            one = two = three = four = load(bias, column)
         for row in range(0, rows, 4):
             # Where there are fewer than four, the last one is computed again.
             second, third, fourth = min(row + 1, rows - 1), min(row + 2, rows - 1), min(row + 3, rows - 1)
@@ -104,10 +106,17 @@ def multiply(left, first, rows, panels, bias, out, target):
                 given, (first + row) * count, (first + second) * count, (first + third) * count,
                 (first + fourth) * count, 1, weights, start, WIDTH, count,
             )  # fmt: skip
-            store(result, (target + row) * stride + column, sums[0] + added)
-            store(result, (target + second) * stride + column, sums[1] + added)
-            store(result, (target + third) * stride + column, sums[2] + added)
-            store(result, (target + fourth) * stride + column, sums[3] + added)
+            a, b = (target + row) * stride + column, (target + second) * stride + column
+            c, d = (target + third) * stride + column, (target + fourth) * stride + column
+            if len(there):
+                one, two, three, four = load(there, a), load(there, b), load(there, c), load(there, d)
+                if len(bias):
+                    added = load(bias, column)
+                    one, two, three, four = one + added, two + added, three + added, four + added
+            store(result, a, sums[0] + one)
+            store(result, b, sums[1] + two)
+            store(result, c, sums[2] + three)
+            store(result, d, sums[3] + four)
 
 
 @inlined
@@ -153,10 +162,10 @@ def add_outer(left, first, right, second, rows, out):
             put_four(result, place, width, a, b, c, d)
 
 
-@kernel(FLOATS_2, FLOATS_2, FLOATS, FLOATS_2)
-def linear(states, weight, bias, out):
-    """[n, N] from [n, K], [N, K] and [N] or [0]."""
-    multiply(states, 0, len(states), rows_of(weight), bias, out, 0)
+@kernel(FLOATS_2, FLOATS_2, FLOATS, FLOATS_2, FLOATS_2)
+def linear(states, weight, bias, onto, out):
+    """[n, N] from [n, K], [N, K] and [N] or [0]; added to [n, N] or [0, .]."""
+    multiply(states, 0, len(states), rows_of(weight), bias, onto, out, 0)
 
 
 @kernel(FLOATS_2, FLOATS_2, FLOATS_2)
@@ -180,14 +189,14 @@ def gate(both, gated, first, rows, target):
 
 @inlined
 def through_gate(slope, numbers, gated):
-    """Gradients of what comes into a gate and of what it gates, from that of what comes out."""
+    """Gradients of what comes into a gate and of what it gates, from that of what comes out; and what comes out."""
     share = sigmoid(numbers)
     opened = numbers * share
-    return slope * gated * (share + opened - opened * share), slope * opened
+    return slope * gated * (share + opened - opened * share), slope * opened, opened * gated
 
 
 @kernel(FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2)
-def feed_forward(states, gate_up, down, both, gated, out):
+def feed_forward(states, gate_up, down, both, onto, out):
     """A SwiGLU layer.
 
     Args:
@@ -195,26 +204,28 @@ def feed_forward(states, gate_up, down, both, gated, out):
         gate_up: [2 x I, H] the weights of the gate, then of what it gates.
         down: [H, I].
         both: [n, 2 x I] what comes into the gate, for the gradient.
-        gated: [n, I] what comes out, likewise.
+        onto: [n, H] what the layer's output is added to, or [0, .].
         out: [n, H].
     """
-    first_panels, second_panels, none = rows_of(gate_up), rows_of(down), gate_up[0, :0]
+    first_panels, second_panels, none, nothing = rows_of(gate_up), rows_of(down), gate_up[0, :0], gate_up[:0]
+    gated = np.empty((_BLOCK, down.shape[1]), np.float32)
     for first in range(0, len(states), _BLOCK):
         rows = min(_BLOCK, len(states) - first)
-        multiply(states, first, rows, first_panels, none, both, first)
-        gate(both, gated, first, rows, first)
-        multiply(gated, first, rows, second_panels, none, out, first)
+        multiply(states, first, rows, first_panels, none, nothing, both, first)
+        gate(both, gated, first, rows, 0)
+        multiply(gated, 0, rows, second_panels, none, onto, out, first)
 
 
-@kernel(FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2)
-def feed_forward_backward(gradient, states, gate_up, down, both, gated, of_states, of_gate_up, of_down):
+@kernel(FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2, FLOATS_2)
+def feed_forward_backward(gradient, states, gate_up, down, both, of_states, of_gate_up, of_down):
     """Gradients of the states [n, H], and of the weights added to what is there."""
     size, first_panels, second_panels, none = len(down[0]), columns_of(gate_up), columns_of(down), gate_up[0, :0]
+    nothing = gate_up[:0]
     of_gated, of_both = np.empty((_BLOCK, size), np.float32), np.empty((_BLOCK, 2 * size), np.float32)
     passed, given, out = of_gated.reshape(-1), both.reshape(-1), of_both.reshape(-1)
     for first in range(0, len(states), _BLOCK):
         rows = min(_BLOCK, len(states) - first)
-        multiply(gradient, first, rows, second_panels, none, of_gated, 0)
+        multiply(gradient, first, rows, second_panels, none, nothing, of_gated, 0)
         for row in range(rows):
             for column in range(0, size, WIDTH):
                 place, target = 2 * (first + row) * size + column, 2 * row * size + column
@@ -222,6 +233,7 @@ def feed_forward_backward(gradient, states, gate_up, down, both, gated, of_state
                 slopes = through_gate(slope, load(given, place), load(given, place + size))
                 store(out, target, slopes[0])
                 store(out, target + size, slopes[1])
-        multiply(of_both, 0, rows, first_panels, none, of_states, first)
+                store(passed, row * size + column, slopes[2])
+        multiply(of_both, 0, rows, first_panels, none, nothing, of_states, first)
         add_outer(of_both, 0, states, first, rows, of_gate_up)
-        add_outer(gradient, first, gated, first, rows, of_down)
+        add_outer(gradient, first, of_gated, 0, rows, of_down)  # by now what came out of the gate

@@ -72,7 +72,7 @@ def score(states, weight, bias, tokens, scale, every, chosen, entropies):
         entropies: [M].
     """
     rows, count = every.shape
-    multiply(states, 0, rows, rows_of(weight), bias, every, 0)
+    multiply(states, 0, rows, rows_of(weight), bias, weight[:0], every, 0)
     flat = every.reshape(-1)
     for row in range(rows):
         entropies[row] = _log_softmax(flat, row * count, count, scale)
@@ -106,7 +106,7 @@ def score_backward(
             gradient[index, tokens[row]] += scale * by_chosen[row]
             for place in range(0, count, WIDTH):
                 store(of_bias, place, load(of_bias, place) + load(out, index * count + place))
-        multiply(gradient, 0, here, panels, none, of_states, first)
+        multiply(gradient, 0, here, panels, none, weight[:0], of_states, first)
         add_outer(gradient, 0, states, first, here, of_weight)
 
 
