@@ -49,7 +49,8 @@ class Normalization(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_normalize_backward(gradient, *ctx.saved_tensors, gradient[:0]), None
+        states, gain, scale = ctx.saved_tensors
+        return *_normalize_backward(gradient, states, gain, scale, gradient[:0]), None
 
 
 class Attention(torch.autograd.Function):
