@@ -1,5 +1,6 @@
 """Key-value caches that write in place and give up the rows of finished sequences."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from harness.policy.kernels import LANES
+from harness.policy.kernels import LANES, arrays, on_one_core
 
 
 class SlotLayer(DynamicLayer):
@@ -23,6 +24,7 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.rows, self.columns = rows, -(-columns // LANES) * LANES
         self.length = 0
+        self.alone = False  # whether kernels for one core move its rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append [n, heads, q, dim] states; returns views of all [n, heads, length, dim] so far."""
@@ -31,6 +33,7 @@ class SlotLayer(DynamicLayer):
             self.keys, self.values = (self._buffer(states) for states in (key_states, value_states))
             if self.keys.device.type == "cpu":  # transposed in memory, as decoded tokens read them fastest
                 self.keys = self.keys.view(*self.keys.shape[:2], -1, self.columns).transpose(2, 3)
+                self.alone = on_one_core(self.values)
         assert self.keys is not None and self.values is not None
         rows, end = key_states.shape[0], self.length + key_states.shape[2]
         self.keys[:rows, :, self.length : end] = key_states
@@ -43,6 +46,7 @@ class SlotLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    @cached_property
     def buffers(self) -> tuple[np.ndarray, np.ndarray]:
         """All keys [rows, heads, dim, columns] and values [rows, heads, columns, dim] in host memory."""
         assert self.keys is not None and self.values is not None
@@ -54,6 +58,11 @@ class SlotLayer(DynamicLayer):
 
     def copy_rows(self, sources: Tensor, targets: Tensor) -> None:
         """Give the places ``targets`` to what the rows ``sources`` hold, all at once."""
+        if self.alone:
+            from harness.policy.kernels.cpu import decoding
+
+            decoding.copy_rows(*self.buffers, *arrays(sources, targets), self.length)
+            return
         assert self.keys is not None and self.values is not None
         for buffer in (self.keys, self.values):
             held = buffer[:, :, : self.length]

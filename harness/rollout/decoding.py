@@ -73,6 +73,34 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
+def draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As :func:`sample`, of n sequences of which each draws by one of the rows [n] of logits [R, V]."""
+    return sample(logits[rows], noise, temperature)
+
+
+def next_rows(row: Tensor, tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The m rows in which n sequences go on: one for all that were in the same row and have drawn the same token.
+
+    Args:
+        row: [n] of each sequence the row that it was in.
+        tokens: [n] what it has drawn.
+        vocabulary: how many tokens there are.
+
+    Returns:
+        [m] the row that each continues, in whose place as many are as can be, [m] the token that it goes on with, and
+        [n] the row of each sequence.
+    """
+    drawn, index = (row * vocabulary + tokens).unique(return_inverse=True)
+    source = drawn // vocabulary
+    stays = source < len(source)
+    stays[1:] &= source[1:] != source[:-1]
+    free = torch.ones_like(stays).index_fill_(0, source[stays], False)
+    place = source.clone()
+    place[~stays] = free.nonzero().squeeze(1)
+    order = place.argsort()
+    return source[order], drawn[order] % vocabulary, place[index]
+
+
 @fused(rows=2, tuned_for=67)
 def _sample_by_blocks(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """As above: first a block of the vocabulary, then a token in it. A GPU adds up few long rows slowly."""

@@ -17,9 +17,10 @@ from harness.config import RolloutConfig
 from harness.policy.attention import decoding_mask, is_padding_free
 from harness.policy.loading import autocast
 from harness.policy.routing import Routing, padding_routes
+from harness.rollout import one_core
 from harness.rollout.batch import Batch, join, send, stack_rows
 from harness.rollout.cache import SlotCache
-from harness.rollout.decoding import Completions, Prompts, each_sees_one, lives, sample
+from harness.rollout.decoding import Completions, Prompts, draw, each_sees_one, lives, next_rows
 from harness.rollout.graphs import GraphDecoder, can_record
 from harness.rollout.one_core import OneCoreDecoder
 from harness.rollout.single_token import SingleTokenDecoder
@@ -128,16 +129,18 @@ class EmbeddedEngine:
             attention = decoding_mask(attention)
         active = torch.arange(len(noise), device=self.device)
         row = active // group_size
+        alone = one_core.draws(logits)
+        draw_, next_ = (one_core.draw, one_core.next_rows) if alone else (draw, next_rows)
         drawn: list[tuple[Tensor, ...]] = []
         for step in range(self.max_tokens):
-            tokens, logprobs = sample(logits[row], noise[active, step], self.config.temperature)
+            tokens, logprobs = draw_(logits, row, noise[active, step], self.config.temperature)
             drawn.append((active, torch.full_like(active, step), tokens, logprobs))
             alive = lives(tokens, self.ends).nonzero().squeeze(1)
             if step + 1 == self.max_tokens or not len(alive):
                 break
             if len(alive) < len(active):
                 active, row, tokens = active[alive], row[alive], tokens[alive]
-            source, latest, row = _next_rows(row, tokens, logits.shape[1])
+            source, latest, row = next_(row, tokens, logits.shape[1])
             if len(source) != len(positions) or not torch.equal(source, torch.arange(len(source), device=self.device)):
                 cache.batch_select_indices(source)
                 attention, positions = attention[source], positions[source]
@@ -174,26 +177,3 @@ class EmbeddedEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-
-
-def _next_rows(row: Tensor, tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The m rows in which n sequences go on: one for all that were in the same row and have drawn the same token.
-
-    Args:
-        row: [n] of each sequence the row that it was in.
-        tokens: [n] what it has drawn.
-        vocabulary: how many tokens there are.
-
-    Returns:
-        [m] the row that each continues, in whose place as many are as can be, [m] the token that it goes on with, and
-        [n] the row of each sequence.
-    """
-    drawn, index = (row * vocabulary + tokens).unique(return_inverse=True)
-    source = drawn // vocabulary
-    stays = source < len(source)
-    stays[1:] &= source[1:] != source[:-1]
-    free = torch.ones_like(stays).index_fill_(0, source[stays], False)
-    place = source.clone()
-    place[~stays] = free.nonzero().squeeze(1)
-    order = place.argsort()
-    return source[order], drawn[order] % vocabulary, place[index]

@@ -28,6 +28,7 @@ class OneCoreDecoder(SamplingWeights):
         network: Any = decoder(self.model)
         followers = [*(layer.input_layernorm for layer in network.layers[1:]), network.norm]
         self._layers = [_Layer.of(*pair) for pair in zip(network.layers, followers, strict=True)]
+        self._first = _constants(network.layers[0].input_layernorm)
         self._head = _Product.of(self.model.get_output_embeddings())
 
     @classmethod
@@ -47,20 +48,21 @@ class OneCoreDecoder(SamplingWeights):
 
     def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits [n, V] after tokens [n, 1] at positions [n, 1], which see all that is not padding before them."""
-        from harness.policy.kernels.cpu import decoding
+        from harness.policy.kernels.cpu import decoding, elements
 
         network: Any = decoder(self.model)
         embedded = network.embed_tokens(tokens)
         rotation = arrays(*(part.flatten(0, -2) for part in half_turned(*network.rotary_emb(embedded, positions))))
         residual = embedded[:, 0].clone()
-        normalized = network.layers[0].input_layernorm(residual)
+        normalized = torch.empty(residual.shape)
         states, inputs = arrays(residual, normalized)
+        elements.normalize(states, *self._first, inputs, *arrays(torch.empty(len(tokens))))
         column = cache.get_seq_length()
         (begins,) = arrays(column - positions[:, 0])
         for index, layer in enumerate(self._layers):
             held: Any = cache.layers[index]
             decoding.attend(
-                states, inputs, *layer.projection, *layer.constants, *rotation, *held.buffers(), begins, column,
+                states, inputs, *layer.projection, *layer.constants, *rotation, *held.buffers, begins, column,
                 layer.heads, layer.scaling, *layer.output, *layer.norm,
             )  # fmt: skip
             held.length += 1
@@ -73,6 +75,33 @@ class OneCoreDecoder(SamplingWeights):
         logits = torch.empty(len(tokens), len(self._head.panels) * LANES)
         decoding.project(inputs, *self._head, logits.numpy())
         return logits[:, : self.model.config.get_text_config().vocab_size]
+
+
+def draws(logits: Tensor) -> bool:
+    """Whether :func:`draw` and :func:`next_rows` take such logits [R, V]."""
+    return on_one_core(logits) and logits.shape[1] <= WIDEST
+
+
+def draw(logits: Tensor, rows: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As :func:`harness.rollout.decoding.draw`."""
+    from harness.policy.kernels.cpu import vocabulary
+
+    count = logits.shape[1]
+    given = torch.empty(len(logits), -(-count // LANES) * LANES)
+    given[:, :count] = logits
+    tokens, logprobs = torch.empty_like(rows), torch.empty(len(rows))
+    vocabulary.draw(given.numpy(), count, *arrays(rows, noise), 1 / temperature, *arrays(tokens, logprobs))
+    return tokens, logprobs
+
+
+def next_rows(row: Tensor, tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`harness.rollout.decoding.next_rows`."""
+    from harness.policy.kernels.cpu import decoding
+
+    source, latest, place = torch.empty(3, len(row), dtype=torch.long)
+    count = np.empty(1, np.int64)
+    decoding.regroup(*arrays(row, tokens), vocabulary, *arrays(source, latest, place), count)
+    return source[: count[0]], latest[: count[0]], place
 
 
 class _Product(NamedTuple):

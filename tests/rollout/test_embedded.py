@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from harness.config import compose
 from harness.policy.loading import prepare_layers
 from harness.policy.logprobs import completion_logprobs
+from harness.rollout import one_core as one_core_rollout
 from harness.rollout.batch import send
 from harness.rollout.cache import SlotCache
-from harness.rollout.decoding import each_sees_one, sample
-from harness.rollout.embedded import EmbeddedEngine, _next_rows
+from harness.rollout.decoding import draw, each_sees_one, next_rows, sample
+from harness.rollout.embedded import EmbeddedEngine
 from tests.policy.conftest import fresh
 from tests.policy.families import HYBRID
 from tests.policy.test_packing import dense
@@ -175,6 +176,34 @@ def test_sampling_follows_the_distribution():
     assert edges.tolist() == [1, 4]
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [5, 16, 41])
+def test_draws_by_a_kernel_are_those_of_torch(one_core, vocabulary, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits, rows = torch.randn(7, vocabulary, generator=generator) * 4, torch.arange(2000) % 7
+    logits[:, 1] = -torch.inf  # never drawn
+    before = logits.clone()
+    noise = torch.rand(2000, generator=generator, dtype=torch.float64)
+    noise[:2] = torch.tensor([0.0, 1.0])
+    assert one_core_rollout.draws(logits)
+    tokens, logprobs = one_core_rollout.draw(logits, rows, noise, temperature)
+    expected, likely = draw(logits, rows, noise, temperature)
+    assert torch.equal(tokens, expected) and (tokens != 1).all() and torch.equal(logits, before)
+    torch.testing.assert_close(logprobs, likely)
+
+
+def test_what_is_no_number_is_not_drawn_quietly(one_core):
+    logits = torch.tensor([[0.0, torch.nan, 1.0], [0.0, 1.0, 2.0]])
+    _, logprobs = one_core_rollout.draw(logits, torch.tensor([0, 1]), torch.rand(2, dtype=torch.float64), 1.0)
+    assert logprobs.isnan().tolist() == [True, False]
+
+
+def test_large_vocabularies_and_more_threads_draw_by_torch(one_core):
+    assert not one_core_rollout.draws(torch.zeros(1, 513)) and one_core_rollout.draws(torch.zeros(1, 512))
+    torch.set_num_threads(2)
+    assert not one_core_rollout.draws(torch.zeros(1, 512))
+
+
 def test_prompts_see_what_came_before_and_padding_sees_itself():
     present = torch.tensor([[True, True, True], [False, False, True], [False, True, True]])
     seen = each_sees_one(present)
@@ -205,22 +234,27 @@ def test_what_is_sent_to_a_gpu_is_one_block_of_pinned_memory(monkeypatch):
         ([0, 2, 2], [9, 9, 8], ([0, 2, 2], [9, 9, 8], [0, 1, 2])),  # into the gap
     ],
 )
-def test_rows_of_the_next_step_by_hand(row, tokens, expected):
-    given = _next_rows(torch.tensor(row), torch.tensor(tokens), 10)
+@pytest.mark.parametrize("rows_by", [next_rows, one_core_rollout.next_rows])
+def test_rows_of_the_next_step_by_hand(rows_by, row, tokens, expected):
+    given = rows_by(torch.tensor(row), torch.tensor(tokens), 10)
     assert tuple(each.tolist() for each in given) == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=12))
 def test_each_sequence_goes_on_behind_its_own(drawn):
     row, tokens = torch.tensor(drawn).unbind(1)
-    source, latest, place = _next_rows(row, tokens, 4)
+    source, latest, place = next_rows(row, tokens, 4)
+    for found, expected in zip(one_core_rollout.next_rows(row, tokens, 4), (source, latest, place), strict=True):
+        assert torch.equal(found, expected)
     assert torch.equal(source[place], row) and torch.equal(latest[place], tokens)
     assert len(source) == len(set(drawn)) and set(place.tolist()) == set(range(len(source)))
     stay = {int(each) for each in source if each < len(source)}
     assert {int(each) for index, each in enumerate(source) if each == index} == stay
 
 
-def test_rows_of_a_cache_are_copied_and_given_up():
+@pytest.mark.parametrize("threads", [1, 2])  # by a kernel, and by torch
+def test_rows_of_a_cache_are_copied_and_given_up(one_core, threads):
+    torch.set_num_threads(threads)
     cache = SlotCache(fresh("tiny_dense").config, rows=4, columns=3)
     states = torch.arange(4.0).view(2, 1, 2, 1)
     cache.update(states, -states, 0)

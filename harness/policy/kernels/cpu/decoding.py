@@ -144,6 +144,60 @@ def add(states, normalized, update, next_gain, next_epsilon):
     add_to(states, update, next_gain, next_epsilon, normalized)
 
 
+@kernel(INTEGERS, INTEGERS, "intp", INTEGERS, INTEGERS, INTEGERS, INTEGERS)
+def regroup(row, tokens, vocabulary, source, latest, place, count):
+    """The m rows in which n sequences go on: one for all that were in the same row and have drawn the same token.
+
+    Args:
+        row: [n] of each sequence the row that it was in.
+        tokens: [n] what it has drawn.
+        vocabulary: how many tokens there are.
+        source: [n], of which the first m become the row that each continues, in whose place as many are as can be.
+        latest: [n], of which the first m become the token that it goes on with.
+        place: [n] becomes the row of each sequence.
+        count: [1] becomes m.
+    """
+    drawn = row * vocabulary + tokens
+    order = np.argsort(drawn)
+    groups = 0
+    for index in range(len(order)):
+        sequence = order[index]
+        if index and drawn[sequence] != drawn[order[index - 1]]:
+            groups += 1
+        place[sequence] = groups
+    groups += 1
+    taken, target = np.zeros(groups, np.bool_), np.full(groups, -1)
+    for sequence in order:
+        group = place[sequence]
+        if row[sequence] < groups and not taken[row[sequence]] and target[group] < 0:
+            target[group] = row[sequence]
+            taken[row[sequence]] = True
+    free = 0
+    for group in range(groups):
+        if target[group] < 0:
+            while taken[free]:
+                free += 1
+            target[group], taken[free] = free, True
+    for sequence in order:
+        place[sequence] = target[place[sequence]]
+        source[place[sequence]], latest[place[sequence]] = row[sequence], tokens[sequence]
+    count[0] = groups
+
+
+@kernel(FLOATS_4, FLOATS_4, INTEGERS, INTEGERS, "intp")
+def copy_rows(keys, values, sources, targets, length):
+    """Give the places ``targets`` to what the rows ``sources`` hold in their first columns, all at once."""
+    count, groups = len(sources), keys.shape[1]
+    held = np.empty((count, groups, keys.shape[2], length), np.float32)
+    others = np.empty((count, groups, length, values.shape[3]), np.float32)
+    for index in range(count):
+        held[index] = keys[sources[index], :, :, :length]
+        others[index] = values[sources[index], :, :length]
+    for index in range(count):
+        keys[targets[index], :, :, :length] = held[index]
+        values[targets[index], :, :length] = others[index]
+
+
 @kernel(FLOATS_2, FLOATS_3, FLOATS, FLOATS_2)
 def project(left, right, bias, out):
     """[n, N] from [n, K], the panels of a matrix [N, K], and [N] or [0]."""
