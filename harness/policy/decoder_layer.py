@@ -71,12 +71,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         tokens = one_core.Attending.apply(
             tokens, first.weight, *(projection.weight for projection in attention.projections()), attention.bias(),
             *gains, attention.o_proj.weight, attention.o_proj.bias, (first.epsilon, epsilon),
-            *(part[0, :, 0] for part in half_turned(*embeddings)), attention.heads(), packing,
+            *packing.once(_of_tokens, embeddings), attention.heads(), packing,
         )  # fmt: skip
         if isinstance(mlp, GatedFeedForward) and mlp.suits_kernels(tokens):
             weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
             return one_core.Feeding.apply(tokens, norm.weight, norm.epsilon, *weights)
         return tokens + mlp(norm(tokens).unsqueeze(0)).flatten(0, 1)
+
+
+def _of_tokens(cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """[N, D] what tokens are rotated by, from transformers' position embeddings [1, N, D]."""
+    return [part[0, :, 0] for part in half_turned(cos, sin)]
 
 
 def join_halves(model: PreTrainedModel) -> None:
