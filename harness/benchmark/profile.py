@@ -22,6 +22,9 @@ PARTS = {
     "single products and normalisation, in kernels": (
         "decoding.add decoding.project elements.normalize elements.normalize_backward products.linear products.outer"
     ),
+    "logits, draws and rows of decoded tokens, in kernels": (
+        "decoding.copy_rows decoding.regroup vocabulary.draw vocabulary.score vocabulary.score_backward"
+    ),
     "products, softmax and arithmetic of torch": (
         "_fused_adamw_ _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data add add_ addcmul addmm "
         "any baddbmm bmm clamp cos cumsum div div_ eq exp ge le linalg_vector_norm lt maximum mean minimum "
@@ -47,9 +50,9 @@ class Profiled:
     def __init__(self, model: str, sizes: Sizes) -> None:
         from numba.core.dispatcher import Dispatcher
 
-        from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
+        from harness.policy.kernels.cpu import attention, decoding, elements, experts, products, vocabulary
 
-        for module in (attention, decoding, elements, experts, products):
+        for module in (attention, decoding, elements, experts, products, vocabulary):
             for name, function in vars(module).items():
                 if isinstance(function, Dispatcher) and function.signatures:  # others are parts of them
                     setattr(module, name, _recorded(f"{module.__name__.split('.')[-1]}.{name}", function))
