@@ -17,7 +17,7 @@ from harness.benchmark.table import Options
 from harness.benchmark.training import WholeSteps, run_config
 from harness.errors import ConfigError
 from harness.policy.attention import is_padding_free
-from harness.policy.kernels.cpu import attention, decoding, elements, experts, products
+from harness.policy.kernels.cpu import attention, decoding, elements, experts, products, vocabulary
 from harness.policy.logprobs import token_logprobs
 from harness.policy.normalization import RMSNorm
 from harness.rollout.batch import join
@@ -181,10 +181,10 @@ def test_each_operation_of_a_profile_is_of_one_kind_and_torchs_or_a_kernel_of_ou
     names = [name for part in profile.PARTS.values() for name in part.split()]
     assert len(names) == len(set(names))
     kernels = set()
-    for module in (attention, decoding, elements, experts, products):
+    for module in (attention, decoding, elements, experts, products, vocabulary):
         held = {name for name, function in vars(module).items() if getattr(function, "signatures", None)}
         kernels |= {f"{module.__name__.split('.')[-1]}.{name}" for name in held}
-    assert {name for name in names if "." in name} <= kernels
+    assert {name for name in names if "." in name} == kernels
     for name in set(names) - kernels:
         space, _, operation = name.rpartition("::")
         assert hasattr(getattr(torch.ops, space or "aten"), operation), name
