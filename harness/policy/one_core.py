@@ -4,6 +4,7 @@ Kernels are imported where they are called: a GPU's processes never do.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ class Attention(torch.autograd.Function):
         packing: "Packing",
     ) -> Tensor:
         added = None if epsilon is None else float(epsilon)
-        attended, *between = _attend(hidden, weight, bias, gain, added, cos, sin, heads, packing)
+        attended, *between = attend(hidden, weight, bias, gain, added, cos, sin, heads, packing)
         ctx.save_for_backward(hidden, weight, bias, gain, cos, sin, *between)
         ctx.others = added, heads, packing
         return attended
@@ -107,7 +108,7 @@ class Attending(torch.autograd.Function):
         weight, gain = torch.cat([query, key, value]), None
         if query_norm is not None and key_norm is not None:
             gain = torch.cat([query_norm.expand(heads.queries, -1), key_norm.expand(heads.keys, -1)])
-        attended, *between = _attend(normalized, weight, bias, gain, epsilons[1], cos, sin, heads, packing)
+        attended, *between = attend(normalized, weight, bias, gain, epsilons[1], cos, sin, heads, packing)
         ctx.save_for_backward(tokens, norm, scale, output, attended, normalized, weight, bias, gain, cos, sin, *between)
         ctx.others = epsilons[1], heads, packing
         return product(attended, output, output_bias, onto=tokens)
@@ -245,25 +246,34 @@ def _feed_forward_backward(
     return of_states, of_gate_up, of_down
 
 
-def _attend(
+@dataclass(frozen=True)
+class Rows:
+    """What :func:`attend` wants to know of a pass, as :class:`harness.policy.packing.Packing` knows it."""
+
+    places: list[np.ndarray]
+    count: int
+
+
+def attend(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     gain: Tensor | None,
-    epsilon: float | None,
+    epsilon: Tensor | float | None,
     cos: Tensor,
     sin: Tensor,
     heads: Heads,
-    packing: "Packing",
+    packing: "Packing | Rows",
 ) -> tuple[Tensor, ...]:
-    """[N, heads x D] from [N, H]; and heads before and after they are turned, and what weights were divided by."""
+    """[N, heads x D] from [N, H]; and heads before and after they are turned, and what weights were divided by. Tokens
+    from ``packing.count`` on may be in no row, and then attend to nothing."""
     from harness.policy.kernels.cpu import attention, elements
 
     states = product(hidden, weight, bias).unflatten(-1, (-1, heads.dim))
     turned, constants = torch.empty(states.shape), head_constants(gain, epsilon, heads.dim)
     elements.turn(*arrays(states), *constants, *arrays(cos, sin), heads.queries + heads.keys, *arrays(turned))
     attended, sums = torch.empty(len(hidden), heads.queries, heads.dim), torch.empty(2, len(hidden), heads.queries)
-    attended[packing.count :] = 0  # what fills up attends to nothing
+    attended[packing.count :] = 0
     attention.attend(
         *arrays(turned), *packing.places, heads.queries, heads.keys, heads.scaling, *arrays(attended, *sums)
     )

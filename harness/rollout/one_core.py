@@ -1,4 +1,4 @@
-"""A decoded token's way through a model on one core of a CPU, in kernels that take half of a layer at once."""
+"""Prompts' and decoded tokens' way through a model on one core of a CPU; half of a layer of the latter is a kernel."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,8 +12,9 @@ from harness.policy.experts import transposed, transposes
 from harness.policy.kernels import LANES, WIDEST, arrays, on_one_core
 from harness.policy.loading import decoder
 from harness.policy.normalization import RMSNorm
-from harness.policy.one_core import head_constants
-from harness.policy.projections import GatedFeedForward, JointAttention, half_turned
+from harness.policy.one_core import Rows, attend, head_constants
+from harness.policy.products import product
+from harness.policy.projections import GatedFeedForward, Joint, JointAttention, half_turned
 from harness.policy.routing import is_experts
 from harness.rollout.trial import gives_the_same
 from harness.rollout.weights import SamplingWeights
@@ -41,28 +42,61 @@ class OneCoreDecoder(SamplingWeights):
 
     def __call__(self, **inputs: Any) -> Tensor:
         """Logits [n, V] of each row's next token."""
-        tokens, cache = inputs["input_ids"], inputs["past_key_values"]
-        if tokens.shape[1] > 1 or not cache.get_seq_length():  # prompts
-            return super().__call__(**inputs)
-        return self._decode(tokens, inputs["position_ids"], cache)
-
-    def _decode(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Logits [n, V] after tokens [n, 1] at positions [n, 1], which see all that is not padding before them."""
         from harness.policy.kernels.cpu import decoding, elements
 
+        tokens, positions, cache = inputs["input_ids"], inputs["position_ids"], inputs["past_key_values"]
         network: Any = decoder(self.model)
         embedded = network.embed_tokens(tokens)
-        rotation = arrays(*(part.flatten(0, -2) for part in half_turned(*network.rotary_emb(embedded, positions))))
-        residual = embedded[:, 0].clone()
+        rotation = [part.flatten(0, -2) for part in half_turned(*network.rotary_emb(embedded, positions))]
+        residual = embedded.flatten(0, 1).clone()
         normalized = torch.empty(residual.shape)
+        states, given = arrays(residual, normalized)
+        elements.normalize(states, *self._first, given, *arrays(torch.empty(len(residual))))
+        (self._decode if cache.get_seq_length() else self._read)(residual, normalized, rotation, positions, cache)
+        last = normalized.view(*tokens.shape, -1)[:, -1]
+        logits = torch.empty(len(tokens), len(self._head.panels) * LANES)
+        decoding.project(*arrays(last), *self._head, logits.numpy())
+        return logits[:, : self.model.config.get_text_config().vocab_size]
+
+    def _read(
+        self, residual: Tensor, normalized: Tensor, rotation: Sequence[Tensor], positions: Tensor, cache: Cache
+    ) -> None:
+        """Take prompts [P x W, H], which are padded on the left, through the layers, in place."""
+        from harness.policy.kernels.cpu import decoding
+
+        (prompts, width), lengths = positions.shape, positions[:, -1] + 1
+        columns = (torch.arange(width) + (width - lengths).unsqueeze(1)).clamp(max=width - 1)
+        places = columns + width * torch.arange(prompts).unsqueeze(1)
+        # Padding is in no row.
+        rows = Rows(arrays(places, torch.zeros_like(lengths), lengths), count=0)
         states, inputs = arrays(residual, normalized)
-        elements.normalize(states, *self._first, inputs, *arrays(torch.empty(len(tokens))))
+        cos, sin = rotation
+        for index, layer in enumerate(self._layers):
+            attention: JointAttention = layer.attention
+            heads = attention.heads()
+            weight, bias, gain, epsilon = layer.joint
+            attended, _, turned, _ = attend(normalized, weight, bias, gain, epsilon, cos, sin, heads, rows)
+            held = turned.view(prompts, width, -1, heads.dim)[:, :, heads.queries :].transpose(1, 2)
+            cache.update(*held.split(heads.keys, 1), index)
+            update = product(attended, attention.o_proj.weight, attention.o_proj.bias)
+            decoding.add(states, inputs, *arrays(update), *layer.norm)
+            update = layer.rest(normalized.view(prompts, width, -1)).flatten(0, 1)
+            decoding.add(states, inputs, *arrays(update), *layer.follower)
+
+    def _decode(
+        self, residual: Tensor, normalized: Tensor, rotation: Sequence[Tensor], positions: Tensor, cache: Cache
+    ) -> None:
+        """Take one token [n, H] a row through the layers, in place; it sees all that is not padding before it."""
+        from harness.policy.kernels.cpu import decoding
+
+        states, inputs = arrays(residual, normalized)
         column = cache.get_seq_length()
         (begins,) = arrays(column - positions[:, 0])
+        turning = arrays(*rotation)
         for index, layer in enumerate(self._layers):
             held: Any = cache.layers[index]
             decoding.attend(
-                states, inputs, *layer.projection, *layer.constants, *rotation, *held.buffers, begins, column,
+                states, inputs, *layer.projection, *layer.constants, *turning, *held.buffers, begins, column,
                 layer.heads, layer.scaling, *layer.output, *layer.norm,
             )  # fmt: skip
             held.length += 1
@@ -72,9 +106,6 @@ class OneCoreDecoder(SamplingWeights):
                 with transposed(layer.experts):
                     update = layer.rest(normalized.unsqueeze(1)).squeeze(1)
                 decoding.add(states, inputs, *arrays(update), *layer.follower)
-        logits = torch.empty(len(tokens), len(self._head.panels) * LANES)
-        decoding.project(inputs, *self._head, logits.numpy())
-        return logits[:, : self.model.config.get_text_config().vocab_size]
 
 
 def draws(logits: Tensor) -> bool:
@@ -118,6 +149,8 @@ class _Product(NamedTuple):
 
 
 class _Layer(NamedTuple):
+    attention: JointAttention
+    joint: Joint
     projection: _Product
     constants: tuple[np.ndarray, float]
     heads: int
@@ -139,6 +172,8 @@ class _Layer(NamedTuple):
         if isinstance(layer.mlp, GatedFeedForward) and not layer.mlp.down_proj.in_features % LANES:
             gated = panels(layer.mlp.joint()), panels(layer.mlp.down_proj.weight)
         return cls(
+            attention=attention,
+            joint=joint,
             projection=_Product.of(joint),
             constants=head_constants(joint.gain, joint.epsilon, attention.head_dim),
             heads=attention.sizes[0],
