@@ -148,8 +148,8 @@ class Trainer:
         """Write what is new of the run, if there is anything: its rows, and how far it is."""
         if not self.rows:
             return
+        self.directory.append_metrics(self.rows)
         rows, self.rows, self.told = self.rows, [], time.monotonic()
-        self.directory.append_metrics(rows)
         for row in rows:
             self.log({name: value for name, value in row.items() if name != "step"}, row["step"])
         self.directory.update_status(budget=self.meter.summary())

@@ -458,3 +458,17 @@ def test_what_is_new_of_a_run_is_written_now_and_then_and_at_its_end(results, mo
     directory = run(results, f"sweep=told_{seconds}", *settings)
     assert said == told
     assert directory.read_status()["budget"]["spent"]["updates"] == 6
+
+
+def test_the_rows_before_an_evaluation_are_there_when_it_is(results, monkeypatch):
+    monkeypatch.setattr("harness.trainer._PROGRESS", 1e9)
+    there, append = [], RunDirectory.append_evaluations
+
+    def watching(directory, rows):
+        there.append([row["step"] for row in lines(directory, METRICS)])
+        append(directory, rows)
+
+    monkeypatch.setattr(RunDirectory, "append_evaluations", watching)
+    settings = ["algorithm.minibatches=2", "budget.limits.updates=6", "checkpoint_every=9"]
+    run(results, "sweep=rows_first", *settings, "evaluation.fractions=[0.5,1.0]")
+    assert there == [[1, 2], [1, 2, 3]]

@@ -20,7 +20,7 @@ _KINDS = ("metering", "logging", "expert changes")
 _TEXT = (
     "Shares of a training step's seconds. Metering: the clock readings at the bounds of phases, the counting of FLOPs "
     "and other budget axes. Logging: the rollout batch's metrics, metrics.jsonl, run.json and TensorBoard's file; what "
-    "is new is written every fifteen steps, which take about two seconds, as in a run. Expert changes are measured "
+    "is new is written every {steps} steps; a run does so every two seconds. Expert changes are measured "
     "too, of the model: a forward pass after the last optimizer step, on mixture-of-experts models. Training pays "
     "for none of the three from its budget."
 )
@@ -99,7 +99,7 @@ class _Wrapped:
 def tables(options: Options) -> list[Table]:
     """Both models."""
     rows = [_row(model, options) for model in MODELS]
-    return [Table("Overhead of metering and logging", _TEXT, rows)]
+    return [Table("Overhead of metering and logging", _TEXT.format(steps=_LONGER * options.sizes.batches), rows)]
 
 
 def _row(model: str, options: Options) -> dict[str, Cell]:

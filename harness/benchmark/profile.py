@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -88,6 +89,7 @@ class Profiled:
 
 
 def _recorded(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    @wraps(kernel)
     def call(*args: Any) -> None:
         with record_function(name):
             kernel(*args)

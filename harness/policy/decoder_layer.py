@@ -38,11 +38,14 @@ class DecoderLayer(GradientCheckpointingLayer):
         normalized = all(isinstance(norm, RMSNorm) and not len(norm.weight) % LANES for norm in norms)
         if not (normalized and isinstance(self.self_attn, JointAttention) and self.self_attn.suits_kernels):
             raise ValueError("its parts are of other kinds")
-        widths = [sum(projection.out_features for projection in self.self_attn.projections())]
+        if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
+            raise ValueError("it holds numbers beside its parts")
+        sizes = [size for part in self.modules() if isinstance(part, nn.Linear) for size in part.weight.shape]
+        sizes.append(sum(projection.out_features for projection in self.self_attn.projections()))
         if isinstance(self.mlp, GatedFeedForward):
-            widths.append(2 * self.mlp.down_proj.in_features)
-        # Libraries want shapes that come again.
-        self.takes_any_count = max(widths) <= WIDEST
+            sizes.append(2 * self.mlp.down_proj.in_features)
+        # Libraries, which multiply what kernels do not, want shapes that come again.
+        self.takes_any_count = max(sizes) <= WIDEST and not any(size % LANES for size in sizes)
 
     def forward(
         self,
@@ -73,7 +76,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             *gains, attention.o_proj.weight, attention.o_proj.bias, (first.epsilon, epsilon),
             *packing.once(_of_tokens, embeddings), attention.heads(), packing,
         )  # fmt: skip
-        if isinstance(mlp, GatedFeedForward) and mlp.suits_kernels(tokens):
+        if isinstance(mlp, GatedFeedForward) and mlp.fits_kernels(tokens):
             weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
             return one_core.Feeding.apply(tokens, norm.weight, norm.epsilon, *weights)
         return tokens + mlp(norm(tokens).unsqueeze(0)).flatten(0, 1)

@@ -64,10 +64,11 @@ def token_logprobs(
     Where there are more than :data:`HELD_ELEMENTS` logits, blocks of them are computed one at a time, and again in the
     backward pass, instead of being held.
     """
-    if takes_vocabulary(states, head.weight) and states.shape[-1] == head.weight.shape[1]:
-        return one_core.Scores.apply(states, head.weight, head.bias, tokens, 1 / temperature, entropy_gradient)
+    given = states, head.weight, head.bias, tokens, temperature, entropy_gradient
     if recomputes(head, len(states)):
-        return _Recomputed.apply(states, head.weight, head.bias, tokens, temperature, entropy_gradient)
+        return _Recomputed.apply(*given)
+    if takes_vocabulary(states, head.weight) and states.shape[-1] == head.weight.shape[1]:
+        return one_core.Scores.apply(*given)
     return _held(states, head, tokens, temperature, entropy_gradient)
 
 

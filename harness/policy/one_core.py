@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from harness.policy.kernels import LANES, NO_TOKEN, arrays
+from harness.policy.kernels import LANES, NO_LOGIT, arrays
 from harness.policy.products import product, sum_of_outer_products
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class Attending(torch.autograd.Function):
             product(gradient, output.t()), *saved, *ctx.others
         )
         of_tokens, of_norm = _normalize_backward(of_normalized, tokens, norm, scale, gradient)
-        of_query, of_key, of_value = of_weight.split([count * heads.dim for count in heads[:2] + heads[1:2]])
+        counts = heads.queries, heads.keys, heads.keys
+        of_query, of_key, of_value = of_weight.split([count * heads.dim for count in counts])
         of_query_norm, of_key_norm = (
             (None, None) if of_gain is None else (of_gain[: heads.queries].sum(0), of_gain[heads.queries :].sum(0))
         )
@@ -167,15 +168,20 @@ class Scores(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         tokens: Tensor,
-        scale: float,
+        temperature: float,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         from harness.policy.kernels.cpu import vocabulary
 
-        count, more = len(weight), -len(weight) % LANES
+        count, more, scale = len(weight), -len(weight) % LANES, 1 / temperature
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+            raise IndexError(f"tokens {tokens.min()} to {tokens.max()} of a vocabulary of {count}")
         added = torch.zeros(count) if bias is None else bias
-        added, weight = functional.pad(added, (0, more), value=NO_TOKEN), functional.pad(weight, (0, 0, 0, more))
-        every, chosen, entropies = torch.empty(len(states), count + more), *torch.empty(2, len(states))
+        added, weight = (
+            functional.pad(added, (0, more), value=NO_LOGIT * min(1.0, temperature)),
+            functional.pad(weight, (0, 0, 0, more)),
+        )
+        every, chosen, entropies = (torch.empty(len(states), *shape) for shape in ((count + more,), (), ()))
         vocabulary.score(*arrays(states, weight, added, tokens), scale, *arrays(every, chosen, entropies))
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies)

@@ -50,7 +50,7 @@ class Packing:
         layout = _packed(batch, _multiple(network)) if padding_free else _all(columns)
         self.completion = send(layout.tokens[batch.positions()], device)
         self._sampled = send(batch.mask.flatten().nonzero().squeeze(1), device)
-        self._latest: tuple[tuple[Any, ...], Any] | None = None
+        self._latest: tuple[Callable[..., Any], tuple[Any, ...], Any] | None = None
         self._layout, self._device, self.count = layout, device, layout.count
         self._tokens, self._positions = send(layout.tokens, device), send(layout.positions, device)
         self.inputs: dict[str, Any]
@@ -67,9 +67,9 @@ class Packing:
 
     def once(self, function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
         """What a function makes of something, computed for the first of the layers that are given the same object."""
-        if self._latest is None or self._latest[0] is not given:
-            self._latest = given, function(*given)
-        return self._latest[1]
+        if self._latest is None or self._latest[0] is not function or self._latest[1] is not given:
+            self._latest = function, given, function(*given)
+        return self._latest[2]
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """[N, ...] from those of the batch's positions [B, L, ...]: of equal ones that of one row."""

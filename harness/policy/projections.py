@@ -200,7 +200,7 @@ class GatedFeedForward(nn.Module):
         """Those whose products are one."""
         return self.gate_proj, self.up_proj
 
-    def suits_kernels(self, states: Tensor) -> bool:
+    def fits_kernels(self, states: Tensor) -> bool:
         """Whether those for one core of a CPU take the layer and such states."""
         width, size = self.down_proj.weight.shape
         fits = self.gate_proj.weight.shape == self.up_proj.weight.shape == (size, width) == (size, states.shape[-1])
@@ -212,7 +212,7 @@ class GatedFeedForward(nn.Module):
 
     def feed(self, states: Tensor, joint: Tensor) -> Tensor:
         """[..., H] from [..., H], by what :meth:`joint` gave."""
-        if self.suits_kernels(states):
+        if self.fits_kernels(states):
             return one_core.FeedForward.apply(states, joint, self.down_proj.weight)
         both = linear_layer(states, joint)
         rows = both.flatten(0, -2)

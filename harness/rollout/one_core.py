@@ -97,7 +97,7 @@ class OneCoreDecoder(SamplingWeights):
             held: Any = cache.layers[index]
             decoding.attend(
                 states, inputs, *layer.projection, *layer.constants, *turning, *held.buffers, begins, column,
-                layer.heads, layer.scaling, *layer.output, *layer.norm,
+                layer.attention.sizes[0], layer.attention.scaling, *layer.output, *layer.norm,
             )  # fmt: skip
             held.length += 1
             if layer.gated is not None:
@@ -153,8 +153,6 @@ class _Layer(NamedTuple):
     joint: Joint
     projection: _Product
     constants: tuple[np.ndarray, float]
-    heads: int
-    scaling: float
     output: _Product
     norm: tuple[np.ndarray, float]
     gated: tuple[np.ndarray, np.ndarray] | None
@@ -176,8 +174,6 @@ class _Layer(NamedTuple):
             joint=joint,
             projection=_Product.of(joint),
             constants=head_constants(joint.gain, joint.epsilon, attention.head_dim),
-            heads=attention.sizes[0],
-            scaling=attention.scaling,
             output=_Product.of(attention.o_proj),
             norm=_constants(layer.post_attention_layernorm),
             gated=gated,

@@ -182,7 +182,9 @@ def test_each_operation_of_a_profile_is_of_one_kind_and_torchs_or_a_kernel_of_ou
     assert len(names) == len(set(names))
     kernels = set()
     for module in (attention, decoding, elements, experts, products, vocabulary):
-        held = {name for name, function in vars(module).items() if getattr(function, "signatures", None)}
+        # One that was profiled in this process is behind a function of its name.
+        versions = {name: (held, getattr(held, "__wrapped__", None)) for name, held in vars(module).items()}
+        held = {name for name, both in versions.items() if any(getattr(each, "signatures", None) for each in both)}
         kernels |= {f"{module.__name__.split('.')[-1]}.{name}" for name in held}
     assert {name for name in names if "." in name} == kernels
     for name in set(names) - kernels:

@@ -110,6 +110,13 @@ def test_a_layer_that_adds_its_parts_in_another_way_stays(one_core):
     assert_same(passes(model, make_batch()), before)
 
 
+def test_a_layer_with_parameters_of_its_own_stays(one_core):
+    model = prepared(fresh("tiny_dense"))
+    model.model.layers[1].scale = nn.Parameter(torch.ones(1))  # which changes nothing at first
+    join_halves(model)
+    assert not halved(model)
+
+
 def test_tokens_are_filled_up_where_libraries_multiply(one_core, monkeypatch):
     model, batch = fresh("tiny_dense"), make_batch()
     prepare_layers(model, "cpu")

@@ -1,12 +1,16 @@
 """Log-probabilities against a plain forward pass of each sequence alone."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.policy import logprobs as module
 from harness.policy.critic import Critic
+from harness.policy.kernels import takes_vocabulary
 from harness.policy.logprobs import completion_logprobs, token_logprobs
 from tests.policy.test_packing import dense
 
@@ -215,3 +219,43 @@ def test_training_the_critic_leaves_the_policy_alone(model, batch):
     ((critic(batch) - 1) ** 2).mean().backward()
     optimizer.step()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 50), (65, 16), (130, 50), (0, 50)])
+def test_a_small_vocabulary_by_kernels(one_core, rows, vocabulary, bias, entropy_gradient):
+    torch.manual_seed(0)
+    head = nn.Linear(16, vocabulary, bias=bias)
+    states, tokens = torch.randn(rows, 16, requires_grad=True), torch.randint(vocabulary, (rows,))
+    assert takes_vocabulary(states, head.weight)
+    weights = torch.randn(2, rows)
+    found = token_logprobs(states, head, tokens, 0.7, entropy_gradient)
+    (found[0] * weights[0] + found[1] * weights[1]).sum().backward()
+    exact, given = copy.deepcopy(head).double(), states.detach().double().requires_grad_()
+    every = (exact(given) / 0.7).log_softmax(-1)
+    entropy = -(every.exp() * every).sum(-1)
+    chosen = every.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    exact.zero_grad()
+    (chosen * weights[0] + (entropy if entropy_gradient else entropy.detach()) * weights[1]).sum().backward()
+    torch.testing.assert_close(found[0].double(), chosen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.grad.double(), given.grad, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(head.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_vocabulary_at_low_temperatures_and_with_tokens_that_it_has_not(one_core):
+    head, states = nn.Linear(16, 50), torch.randn(2, 16)
+    logprobs, entropy = token_logprobs(states, head, torch.tensor([0, 49]), 1e-9)
+    assert logprobs.isfinite().all() and torch.equal(entropy, torch.zeros(2))
+    for token in (50, -1):
+        with pytest.raises(IndexError, match="of a vocabulary of 50"):
+            token_logprobs(states, head, torch.tensor([0, token]), 1.0)
+
+
+def test_logits_that_are_computed_again_are_so_with_kernels_too(one_core, monkeypatch):
+    head, states = nn.Linear(16, 50), torch.randn(4, 16, requires_grad=True)
+    assert token_logprobs(states, head, torch.arange(4), 1.0)[0].grad_fn.name() == "ScoresBackward"
+    monkeypatch.setattr(module, "HELD_ELEMENTS", 199)
+    assert token_logprobs(states, head, torch.arange(4), 1.0)[0].grad_fn.name() == "_RecomputedBackward"

@@ -14,7 +14,7 @@ LANES = 16
 WIDEST = 512
 
 # The logit of what only fills up a vocabulary; infinity times its probability of 0 would be no number.
-NO_TOKEN = -1e30
+NO_LOGIT = -1e30
 
 _LEFT_OUT = ContextVar("left_out", default=False)
 

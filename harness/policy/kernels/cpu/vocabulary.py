@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from harness.policy.kernels import NO_TOKEN
+from harness.policy.kernels import NO_LOGIT
 from harness.policy.kernels.cpu.lanes import (
     DOUBLES,
     FLOATS,
@@ -28,7 +28,7 @@ from harness.policy.kernels.cpu.lanes import (
 from harness.policy.kernels.cpu.products import add_outer, columns_of, multiply, rows_of
 
 _ZERO = np.float32(0)
-_NONE = np.float32(NO_TOKEN)
+_NONE = np.float32(NO_LOGIT)
 # Rows that are worked on at once, so that their gradients stay in the cache.
 _BLOCK = 64
 
@@ -64,7 +64,7 @@ def score(states, weight, bias, tokens, scale, every, chosen, entropies):
     Args:
         states: [M, H].
         weight: [V, H]; V is a multiple of sixteen.
-        bias: [V], ``NO_TOKEN`` where there is no token.
+        bias: [V], so low where there is no token that it has no probability.
         tokens: [M].
         scale: what logits are multiplied by.
         every: [M, V] log-probabilities of all tokens, for the gradient.
