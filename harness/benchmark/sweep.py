@@ -35,6 +35,7 @@ def tables(options: Options) -> list[Table]:
     seconds, cells = wall_clock(ran, planned(options.sweep)), at_once(ran)
     ratio = Spread((seconds / (charged / cells),))
     row: dict[str, Cell] = {
+        "a run's budget": ", ".join(sorted({budget_of(record) for record in ran})),
         "cells": len(ran),
         "at once": cells,
         "wall clock, s": seconds,
@@ -43,6 +44,11 @@ def tables(options: Options) -> list[Table]:
         **at_most(ratio, GOAL),
     }
     return [Table("A sweep's wall clock", _TEXT, [row])]
+
+
+def budget_of(record: Mapping[str, Any]) -> str:
+    """What ends the run, in words; on it rests how much what is not charged weighs."""
+    return f"{record['budget']['limit']:.3g} {record['budget']['axis']}"
 
 
 def planned(sweep: Path) -> datetime:

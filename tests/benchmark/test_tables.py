@@ -263,7 +263,12 @@ def test_report_table_has_time_and_memory():
 
 def record(started, finished, seconds, status="done"):
     spent = {"device_seconds": seconds}
-    return {"status": status, "started": started, "finished": finished, "budget": {"spent": spent}}
+    return {
+        "status": status,
+        "started": started,
+        "finished": finished,
+        "budget": {"axis": "flops", "limit": 4e11, "spent": spent},
+    }
 
 
 def test_sweep_is_held_against_what_was_charged_by_how_many_ran_at_once(tmp_path):
@@ -282,6 +287,7 @@ def test_sweep_is_held_against_what_was_charged_by_how_many_ran_at_once(tmp_path
     os.utime(plan, (planned, planned))
     (table,) = sweep.tables(dataclasses.replace(OPTIONS, sweep=tmp_path))
     assert table.rows[0] == {
+        "a run's budget": "4e+11 flops",
         "cells": 3,
         "at once": 2,
         "wall clock, s": 95.0,
